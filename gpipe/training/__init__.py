@@ -1,0 +1,1 @@
+"""Configuration, data, training loop and command line of `gpipe train` and `gpipe eval`."""

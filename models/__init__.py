@@ -1,0 +1,1 @@
+"""CLIP and other models, each a sequence of cells."""
