@@ -1,0 +1,22 @@
+"""Pipeline-parallel training, exact to the bit."""
+
+from gpipe.phase import is_checkpointing, is_recomputing
+from gpipe.pipe import GPipe
+from gpipe.rng import cell_seed
+from gpipe.schedule import Action, Kind, Schedule, ScheduleError
+from gpipe.timeline import Span, Timeline
+
+__all__ = [
+    "Action",
+    "GPipe",
+    "Kind",
+    "Schedule",
+    "ScheduleError",
+    "Span",
+    "Timeline",
+    "cell_seed",
+    "is_checkpointing",
+    "is_recomputing",
+]
+
+__version__ = "0.1.0"

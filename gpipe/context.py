@@ -1,0 +1,77 @@
+"""The caller's modes, which torch keeps per thread, carried to the workers."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class CallerContext:
+    """Grad and inference mode, autocast, default device, current streams and context variables of the calling thread.
+
+    Deterministic mode, anomaly detection and default dtype are the process's: workers share them as they are.
+    """
+
+    grad: bool
+    inference: bool
+    autocast: tuple[tuple[str, torch.dtype], ...]
+    default_device: torch.device
+    streams: tuple[torch.Stream, ...]
+    variables: contextvars.Context = field(repr=False)
+
+    @classmethod
+    def capture(cls, devices: Sequence[torch.device]) -> CallerContext:
+        """The state of the calling thread.
+
+        Args:
+            devices: The devices of the pipeline.
+        """
+        accelerators = {d for d in devices if d.type != "cpu"}
+        types = sorted({"cpu", *(d.type for d in accelerators)})
+        return cls(
+            grad=torch.is_grad_enabled(),
+            inference=torch.is_inference_mode_enabled(),
+            autocast=tuple((t, torch.get_autocast_dtype(t)) for t in types if torch.is_autocast_enabled(t)),
+            default_device=torch.get_default_device(),
+            streams=tuple(torch.accelerator.current_stream(d) for d in accelerators),
+            variables=contextvars.copy_context(),
+        )
+
+    def without_autocast(self) -> CallerContext:
+        """The same, autocast off."""
+        return replace(self, autocast=())
+
+    @contextmanager
+    def applied(self, device: torch.device) -> Iterator[None]:
+        """Give this thread the captured state inside, but for autocast, with ``device`` as the current one."""
+        with ExitStack() as stack:
+            for stream in self.streams:
+                torch.accelerator.set_stream(stream)
+            if device.type != "cpu":
+                torch.accelerator.set_device_index(device)
+            if self.default_device.type != "cpu":
+                stack.enter_context(self.default_device)
+            stack.enter_context(torch.inference_mode(self.inference))
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+            yield
+
+    def autocasting(self) -> AbstractContextManager[Any]:
+        """The captured autocast.
+
+        Without its cache: a cast weight kept from one micro-batch to the next would tie their graphs.
+        """
+        if not self.autocast:
+            return _NOTHING
+        stack = ExitStack()
+        for device_type, dtype in self.autocast:
+            stack.enter_context(torch.autocast(device_type, dtype, cache_enabled=False))
+        return stack
+
+
+_NOTHING = nullcontext()

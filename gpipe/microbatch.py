@@ -1,0 +1,129 @@
+"""Split a mini-batch (any pytree) into micro-batches, and put the outputs together again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
+
+
+def row_count(tree: Any) -> int:
+    """The number of rows (size of dimension 0) that all tensors of ``tree`` share.
+
+    Raises:
+        TypeError: ``tree`` holds no tensor with a batch dimension, or a leaf hides tensors from the pytree.
+        ValueError: Two tensors disagree in their batch dimension.
+    """
+    rows: int | None = None
+    first = ""
+    for path, leaf in tree_flatten_with_path(tree)[0]:
+        refuse_hidden_tensors(leaf, f"input{keystr(path)}")
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+            continue
+        if rows is None:
+            rows, first = leaf.shape[0], keystr(path)
+        elif leaf.shape[0] != rows:
+            raise ValueError(
+                f"every tensor of a mini-batch must have the same number of rows (dimension 0): input{first} has "
+                f"{rows}, input{keystr(path)} has {leaf.shape[0]} (shape {tuple(leaf.shape)}). "
+                "Give shared values as parameters, 0-dim tensors or Python values, or repeat them per row."
+            )
+    if rows is None:
+        raise TypeError(
+            "a mini-batch needs at least one tensor with a batch dimension to be split into micro-batches, "
+            f"got {_describe(tree)}"
+        )
+    return rows
+
+
+def scatter(tree: Any, chunks: int) -> list[Any]:
+    """Split every tensor of ``tree`` along dimension 0 into exactly min(chunks, rows) micro-batches.
+
+    Sizes differ by at most one, larger ones first. 0-dim tensors and values that are no tensors go to every
+    micro-batch. The parts are views; the split is recorded by autograd.
+
+    Args:
+        tree: Any pytree that holds a tensor with a batch dimension.
+        chunks: The number of micro-batches wanted, at least 1.
+
+    Raises:
+        TypeError: No tensor to split. ValueError: Tensors disagree in their rows.
+    """
+    sizes = split_sizes(row_count(tree), chunks)
+    if len(sizes) == 1:
+        return [tree]
+    leaves, spec = tree_flatten(tree)
+    parts = [
+        torch.split(leaf, sizes) if isinstance(leaf, Tensor) and leaf.dim() > 0 else [leaf] * len(sizes)
+        for leaf in leaves
+    ]
+    return [tree_unflatten(list(micro_batch), spec) for micro_batch in zip(*parts, strict=True)]
+
+
+def split_sizes(rows: int, chunks: int) -> list[int]:
+    """Rows of each micro-batch: min(chunks, rows) numbers that differ by at most one."""
+    parts = max(1, min(chunks, rows))
+    small, larger = divmod(rows, parts)
+    return [small + 1] * larger + [small] * (parts - larger)
+
+
+def gather(trees: Sequence[Any]) -> Any:
+    """Concatenate the tensors of the micro-batches' outputs along dimension 0.
+
+    Values that are no tensors must be equal in every micro-batch and are given once.
+
+    Raises:
+        TypeError: An output has no batch dimension, or the micro-batches' outputs differ in structure or in a value
+            that is no tensor.
+    """
+    if len(trees) == 1:
+        return trees[0]
+    leaves, spec = tree_flatten_with_path(trees[0])
+    columns: list[list[Any]] = [[leaf] for _, leaf in leaves]
+    for m, tree in enumerate(trees[1:], start=1):
+        others, other_spec = tree_flatten(tree)
+        if other_spec != spec:
+            raise TypeError(
+                "every micro-batch must give an output of the same structure: "
+                f"micro-batch 0 gave {spec}, micro-batch {m} gave {other_spec}"
+            )
+        for column, leaf in zip(columns, others, strict=True):
+            column.append(leaf)
+    joined = [_join(f"output{keystr(path)}", column) for (path, _), column in zip(leaves, columns, strict=True)]
+    return tree_unflatten(joined, spec)
+
+
+def _join(name: str, column: list[Any]) -> Any:
+    if all(isinstance(value, Tensor) for value in column):
+        if column[0].dim() == 0:
+            raise TypeError(
+                f"{name} is a 0-dim tensor, one of each micro-batch, and there is no telling how to combine them: "
+                "return one value per row, or a tensor of shape (1,) per micro-batch"
+            )
+        return torch.cat(column)
+    if any(isinstance(value, Tensor) or value != column[0] for value in column):
+        raise TypeError(
+            f"{name} is no tensor and differs between micro-batches ({column[0]!r} and others): return a tensor with a "
+            "batch dimension, or the same value for every micro-batch"
+        )
+    return column[0]
+
+
+def refuse_hidden_tensors(leaf: Any, name: str) -> None:
+    """Raise a TypeError for an object the pytree takes as one value although it holds tensors."""
+    if isinstance(leaf, Tensor) or not hasattr(leaf, "__dict__") or isinstance(leaf, type):
+        return
+    hidden = [key for key, value in vars(leaf).items() if isinstance(value, Tensor)]
+    if hidden:
+        raise TypeError(
+            f"{name} is a {type(leaf).__qualname__} that holds tensors ({', '.join(hidden)}) which the pipeline cannot "
+            "see: pass a tuple, list or dict, or register the class with torch.utils._pytree.register_pytree_node"
+        )
+
+
+def _describe(tree: Any) -> str:
+    leaves, spec = tree_flatten(tree)
+    return f"{spec} of {[tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in leaves]}"

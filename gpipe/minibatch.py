@@ -1,0 +1,199 @@
+"""One mini-batch in flight: its record on every stage, and the two halves of its schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from gpipe.batchnorm import Statistics, commit
+from gpipe.boundary import Boundary, Gradients
+from gpipe.context import CallerContext
+from gpipe.gradients import collected
+from gpipe.schedule import Action, Schedule
+from gpipe.stage import Flight, Head, Stage
+from gpipe.timeline import Span
+from gpipe.transport import CALLER, Direction, ThreadTransport
+from gpipe.worker import Work, Workers, perform
+
+Actions = Sequence[Sequence[Action]]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What all mini-batches of a pipe share: stages, the threads that perform their actions, trainable parameters."""
+
+    stages: Sequence[Stage]
+    workers: Workers
+    parameters: Sequence[Tensor]
+
+
+class MiniBatch:
+    """One mini-batch on its way forward and back.
+
+    Args:
+        pipeline: Stages and workers.
+        schedule: What the workers do.
+        seed: The pipe's base seed.
+        step: The training step, which random draws depend on.
+        defer_batch_norm: Collect batch-norm statistics and commit them after forward.
+        head: Computes each micro-batch's loss on the last stage, for schedules that interleave forward and backward.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        schedule: Schedule,
+        *,
+        seed: int,
+        step: int,
+        defer_batch_norm: bool = False,
+        head: Head | None = None,
+    ) -> None:
+        self._pipeline = pipeline
+        self._schedule = schedule
+        self._context = CallerContext.capture([s.device for s in pipeline.stages])
+        self._statistics: Statistics | None = {} if defer_batch_norm else None
+        last = len(pipeline.stages) - 1
+        self._flights = [
+            Flight(
+                stage=stage,
+                seed=seed,
+                step=step,
+                recomputed=frozenset(m for k, m in schedule.recomputed if k == stage.index),
+                statistics=self._statistics,
+                head=head if stage.index == last else None,
+            )
+            for stage in pipeline.stages
+        ]
+        self.spans: list[list[Span]] = [[] for _ in schedule.workers]
+        self._versions: tuple[int, ...] = ()
+        self._spent = False
+        self.output_gradients: list[Gradients] = []
+
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        """The trainable parameters whose gradients a backward gives."""
+        return self._pipeline.parameters
+
+    def forward(self, inputs: Sequence[Boundary]) -> list[Boundary]:
+        """Run the forward half on every micro-batch's input; gives every micro-batch's output."""
+        if self._schedule.recomputed:
+            self._versions = self._parameter_versions()
+        forward, _ = self._schedule.halves
+        transport = self._transport()
+        for m, boundary in enumerate(inputs):
+            transport.send(CALLER, 0, Direction.FORWARD, m, boundary)
+        self._perform(forward, transport, self._context)
+        self._commit()
+        return [transport.receive(self._last, CALLER, Direction.FORWARD, m) for m in range(len(inputs))]
+
+    def backward(self, keep_graph: bool) -> tuple[list[Gradients], list[Tensor | None]]:
+        """Run the rest of the schedule on ``output_gradients``.
+
+        Args:
+            keep_graph: Another backward of this mini-batch may follow.
+
+        Returns:
+            For every micro-batch its input's gradients leaf by leaf; for every parameter the mini-batch's gradient.
+
+        Raises:
+            RuntimeError: The mini-batch has gone backward before, or a parameter changed since forward.
+        """
+        if self._spent:
+            raise RuntimeError(
+                "this mini-batch has gone backward already and its activations are freed: "
+                "pass retain_graph=True to the first backward, or run the pipe forward again"
+            )
+        if self._schedule.recomputed and self._versions != self._parameter_versions():
+            raise RuntimeError(
+                "a parameter was modified in place between forward and backward, so a recompute would not repeat the "
+                "forward: call backward before optimizer.step(), or wrap with checkpoint='never'"
+            )
+        self._spent = not keep_graph
+        for flight in self._flights:
+            flight.keep_graph = keep_graph
+        _, backward = self._schedule.halves
+        transport = self._transport()
+        gradients, self.output_gradients = self.output_gradients, []
+        for m, by_leaf in enumerate(gradients):
+            transport.send(CALLER, self._last, Direction.BACKWARD, m, by_leaf)
+        count = len(gradients)
+        del gradients, by_leaf
+        with collected(self.parameters) as totals:
+            self._perform(backward, transport, CallerContext.capture([s.device for s in self._pipeline.stages]))
+        return [transport.receive(0, CALLER, Direction.BACKWARD, m) for m in range(count)], totals
+
+    def forward_and_backward(self, inputs: Sequence[Boundary]) -> Finished:
+        """Run the whole schedule, the last stage's ``head`` giving each micro-batch's share of the loss."""
+        self._spent = True
+        transport = self._transport()
+        for m, boundary in enumerate(inputs):
+            transport.send(CALLER, 0, Direction.FORWARD, m, boundary)
+            transport.send(CALLER, self._last, Direction.BACKWARD, m, None)
+        with collected(self.parameters) as totals:
+            self._perform(self._schedule.workers, transport, self._context.without_autocast())
+        self._commit()
+        count = range(len(inputs))
+        shares = [transport.receive(self._last, CALLER, Direction.FORWARD, m) for m in count]
+        arrived = [transport.receive(0, CALLER, Direction.BACKWARD, m) for m in count]
+        return Finished(self.parameters, _sum(shares), arrived, totals)
+
+    @property
+    def _last(self) -> int:
+        return len(self._flights) - 1
+
+    def _transport(self) -> ThreadTransport:
+        return ThreadTransport([stage.device for stage in self._pipeline.stages])
+
+    def _perform(self, actions: Actions, transport: ThreadTransport, backward_modes: CallerContext) -> None:
+        work = Work(self._flights, transport, self._context, backward_modes)
+        jobs = [self._job(work, *worker) for worker in zip(actions, self.spans, strict=True)]
+        self._pipeline.workers.run(jobs, transport.abort)
+
+    def _job(self, work: Work, actions: Sequence[Action], spans: list[Span]) -> Callable[[], None]:
+        """What one worker does: its actions, in the caller's context."""
+        hosted = [self._flights[k].stage for k in sorted({a.stage for a in actions})]
+
+        def run() -> None:
+            with self._context.applied(hosted[0].device), ExitStack() as guards:
+                for stage in hosted:
+                    guards.enter_context(stage.draws.guard(str(stage)))
+                perform(work, actions, spans)
+
+        return partial(self._context.variables.copy().run, run)
+
+    def _parameter_versions(self) -> tuple[int, ...]:
+        return tuple(p._version for p in self.parameters)
+
+    def _commit(self) -> None:
+        if self._statistics:
+            commit(self._statistics)
+            self._statistics.clear()
+
+
+@dataclass
+class Finished:
+    """A mini-batch that has gone forward and backward, its gradients waiting to be handed to autograd."""
+
+    parameters: Sequence[Tensor]
+    loss: Boundary
+    _arrived: list[Gradients]
+    _totals: list[Tensor | None]
+    output_gradients: list[Gradients] = field(default_factory=list)
+
+    def backward(self, keep_graph: bool) -> tuple[list[Gradients], list[Tensor | None]]:
+        """Give what the workers computed, once."""
+        arrived, totals = self._arrived, self._totals
+        self._arrived, self._totals = [], []
+        return arrived, totals
+
+
+def _sum(shares: Sequence[Boundary]) -> Boundary:
+    """The mini-batch's loss from its micro-batches' shares, in their order."""
+    loss = torch.stack([share.leaves[0] for share in shares]).sum()
+    return Boundary((loss,), (any(share.needs_grad[0] for share in shares),), shares[0].spec)

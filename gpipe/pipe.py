@@ -1,0 +1,323 @@
+"""GPipe: the module users wrap with."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache, partial
+from itertools import pairwise
+from typing import Any, Literal, NoReturn, Self, overload
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from gpipe import batchnorm, schedules
+from gpipe.autograd import attach
+from gpipe.boundary import Boundary
+from gpipe.cells import cells_of, refuse_shared_parameters, registries
+from gpipe.loss import LossFunction, MicroBatchLoss, checked_loss
+from gpipe.microbatch import gather, row_count, scatter, split_sizes
+from gpipe.minibatch import MiniBatch, Pipeline
+from gpipe.partitioning.balance import split_evenly
+from gpipe.schedule import Schedule
+from gpipe.settings import (
+    Checkpoint,
+    check_balance,
+    check_checkpoint,
+    check_chunks,
+    check_devices,
+    kept_micro_batches,
+)
+from gpipe.stage import Head, Stage
+from gpipe.timeline import Timeline
+from gpipe.worker import Workers
+
+
+class GPipe(nn.Module):
+    """Trains a sequence of cells as a pipeline, with the results of the module it wraps.
+
+    ``y = pipe(x)`` splits the mini-batch into micro-batches and runs them through the stages at the same time; the
+    output
+    belongs to autograd, and ``loss.backward()`` runs the backward pipeline. Parameters, buffers, ``state_dict()``
+    and hooks are those of the wrapped module, under its own names. GPipe, arXiv 1811.06965.
+
+    Args:
+        module: An ``nn.Sequential``, whose children are the cells, or a module with a method ``cells()`` that
+            returns its cells in order. Its parameters are moved to the stages' devices in place.
+        balance: Number of cells of every stage. None divides by parameter count into as many stages as there are
+            devices.
+        devices: One for every stage; a device may be named several times. None takes every accelerator, or the CPU once
+            per stage where there is none.
+        chunks: Number of micro-batches M; a mini-batch of fewer rows is split into its rows.
+        checkpoint: Which micro-batches keep their activations instead of re-materialising them: ``"always"`` none,
+            ``"except_last"`` the last (it goes backward first, so this costs no memory), ``"never"`` all, an int the
+            last so many, or one int per stage.
+        deferred_batch_norm: Update batch-norm running statistics once per mini-batch, as one pass over it would.
+        sample: Reserved: an input to balance by measured time.
+        memory_limit: Reserved: bytes per device.
+        seed: Base seed of random draws in the cells. None draws it from torch's default generator.
+
+    Raises:
+        TypeError, ValueError: An argument is not what is described here; the message says what to do.
+        IndexError: Fewer devices than stages.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        balance: Iterable[int] | None = None,
+        *,
+        devices: Iterable[int | str | torch.device] | None = None,
+        chunks: int = 1,
+        checkpoint: Checkpoint = "except_last",
+        deferred_batch_norm: bool = False,
+        sample: Any = None,
+        memory_limit: int | str | Sequence[int] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        if sample is not None or memory_limit is not None:
+            raise ValueError(
+                "balancing by measured time (sample) or by bytes (memory_limit) is not available yet: "
+                "give balance, or leave all three out to balance by parameter count"
+            )
+        cells = cells_of(module)
+        self.chunks = check_chunks(chunks)
+        self.balance = self._balanced(cells, balance, devices)
+        self.devices = check_devices(devices, len(self.balance)) if self.balance else []
+        self.checkpoint = check_checkpoint(checkpoint, len(self.balance))
+        self.deferred_batch_norm = deferred_batch_norm
+        self.seed = _drawn_seed() if seed is None else seed
+        self.step = 0
+        self._intra_op_threads = max(1, torch.get_num_threads() // max(1, len(self.balance)))
+        vars(self).update(registries(module), module=module)
+        if deferred_batch_norm:
+            batchnorm.defer(module)
+        self._build(cells)
+
+    def forward(self, inputs: Any) -> Any:
+        """Run a mini-batch through the pipeline.
+
+        Args:
+            inputs: What the first cell takes: any pytree with at least one tensor (rows, ...); all tensors of one or
+                more dimensions have the same number of rows and are split along it.
+
+        Returns:
+            What the last cell returns, the micro-batches' tensors concatenated; on the last stage's device.
+
+        Raises:
+            TypeError, ValueError: The inputs cannot be split, or the outputs cannot be put together.
+            BaseException: What a cell raised, with a note naming stage, cell, micro-batch and action.
+        """
+        if not self._stages:
+            return inputs
+        with self._lock:
+            parts = self._scattered(inputs)
+            batch = self._mini_batch(len(parts), list(self._trainable()))
+            outputs = batch.forward([Boundary.of(part) for part in parts])
+            self.step += self.training
+        if torch.is_grad_enabled():
+            return gather(attach(batch, parts, outputs))
+        return gather([output.tree() for output in outputs])
+
+    def train_step(
+        self,
+        inputs: Any,
+        targets: Any,
+        loss_fn: LossFunction,
+        loss_over: Literal["mini_batch", "micro_batch"] = "mini_batch",
+    ) -> Tensor:
+        """Forward, loss and backward in one call; gradients are added to ``parameter.grad``.
+
+        Args:
+            inputs: As for ``forward``.
+            targets: Any pytree; its tensors have as many rows as those of ``inputs``. Moved to the last stage's device.
+            loss_fn: ``loss_fn(outputs, targets)`` gives one number. If it is a module, its parameters get gradients
+                too.
+            loss_over: ``"mini_batch"`` calls it once on all outputs. ``"micro_batch"`` calls it in the last stage on
+                every micro-batch and adds the results weighted by rows, which is the same for a mean over rows.
+
+        Returns:
+            The loss, without graph.
+        """
+        if loss_over not in ("mini_batch", "micro_batch"):
+            raise ValueError(f"loss_over must be 'mini_batch' or 'micro_batch', got {loss_over!r}")
+        if not torch.is_grad_enabled():
+            raise RuntimeError("train_step computes gradients: call it outside torch.no_grad() and inference_mode()")
+        rows = row_count(inputs)
+        self._check_targets(targets, rows)
+        if loss_over == "mini_batch" or not self._stages:
+            loss = checked_loss(loss_fn(self(inputs), self._on_last(targets)))
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss.detach()
+        return self._micro_batch_step(inputs, targets, loss_fn, rows)
+
+    def _micro_batch_step(self, inputs: Any, targets: Any, loss_fn: LossFunction, rows: int) -> Tensor:
+        with self._lock:
+            parts = self._scattered(inputs)
+            aims = scatter(self._on_last(targets), len(parts)) if _has_rows(targets) else [targets] * len(parts)
+            head = MicroBatchLoss(loss_fn, aims, split_sizes(rows, self.chunks))
+            parameters = list(self._trainable(loss_fn))
+            batch = self._mini_batch(len(parts), parameters, head)
+            done = batch.forward_and_backward([Boundary.of(part) for part in parts])
+            self.step += self.training
+        (loss,) = attach(done, parts, [done.loss])
+        if loss.requires_grad:
+            loss.backward()
+        total: Tensor = loss.detach()
+        return total
+
+    @property
+    def timeline(self) -> Timeline:
+        """When every worker did what in the latest mini-batch."""
+        return Timeline(tuple(tuple(spans) for spans in self._spans))
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode on the wrapped module and its cells."""
+        super().train(mode)
+        vars(self)["module"].training = mode
+        for _, cell in self._cells:
+            cell.train(mode)
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of the wrapped module; parameters stay on, or come to, their stage's device."""
+        result = super().load_state_dict(*args, **kwargs)
+        if kwargs.get("assign") or len(args) > 2:
+            self._build(cells_of(vars(self)["module"]))
+        return result
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Cast the parameters; refuses to move them, since every stage has a device of its own."""
+        device, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if device is not None:
+            self._refuse_move(str(device))
+        return super().to(*args, **kwargs)
+
+    def cuda(self, device: Any = None) -> NoReturn:
+        """Refused: every stage has a device of its own."""
+        self._refuse_move("cuda")
+
+    def cpu(self) -> NoReturn:
+        """Refused: every stage has a device of its own."""
+        self._refuse_move("cpu")
+
+    def _refuse_move(self, target: str) -> NoReturn:
+        raise TypeError(
+            f"a pipe's stages stay on their own devices ({', '.join(map(str, self.devices))}) and cannot all be moved "
+            f"to {target}: give devices= when wrapping, or move the wrapped module before"
+        )
+
+    def __len__(self) -> int:
+        return len(self._cells)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (cell for _, cell in self._cells)
+
+    @overload
+    def __getitem__(self, index: int) -> nn.Module: ...
+    @overload
+    def __getitem__(self, index: slice) -> nn.Sequential: ...
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        cells = [cell for _, cell in self._cells]
+        if isinstance(index, slice):
+            return nn.Sequential(*cells[index])
+        if not -len(cells) <= index < len(cells):
+            raise IndexError(f"the pipe has {len(cells)} cells, there is none at index {index}")
+        return cells[index]
+
+    def extra_repr(self) -> str:
+        """Balance, devices, chunks and checkpoint, for ``repr``."""
+        devices = [str(d) for d in self.devices]
+        return f"balance={self.balance}, devices={devices}, chunks={self.chunks}, checkpoint={self.checkpoint!r}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in ("_stages", "_workers", "_lock", "_spans")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._build(self._cells)
+
+    def _build(self, cells: list[tuple[str, nn.Module]]) -> None:
+        """Make the stages; everything here can be made again from what a pickle keeps."""
+        self._cells = cells
+        ends = [sum(self.balance[:k]) for k in range(len(self.balance) + 1)]
+        groups = [cells[left:right] for left, right in pairwise(ends)]
+        refuse_shared_parameters(groups)
+        for group, device in zip(groups, self.devices, strict=True):
+            for _, cell in group:
+                cell.to(device)
+        self._stages = [
+            Stage(k, group, ends[k], device, alone=self.devices.count(device) == 1)
+            for k, (group, device) in enumerate(zip(groups, self.devices, strict=True))
+        ]
+        self._workers: Workers | None = None
+        self._lock = threading.RLock()
+        self._spans: Sequence[Sequence[Any]] = []
+
+    def _mini_batch(self, micro_batches: int, parameters: list[Tensor], head: Head | None = None) -> MiniBatch:
+        if self._workers is None or not self._workers.usable():
+            self._workers = Workers(len(self._stages), self._intra_op_threads)
+        keep = kept_micro_batches(self.checkpoint, len(self._stages), micro_batches)
+        if not torch.is_grad_enabled():
+            keep = (micro_batches,) * len(self._stages)
+        batch = MiniBatch(
+            Pipeline(self._stages, self._workers, parameters),
+            _schedule(len(self._stages), micro_batches, keep),
+            seed=self.seed,
+            step=self.step,
+            defer_batch_norm=self.deferred_batch_norm,
+            head=head,
+        )
+        self._spans = batch.spans
+        return batch
+
+    def _scattered(self, inputs: Any) -> list[Any]:
+        return scatter(_moved(inputs, self.devices[0]), self.chunks)
+
+    def _on_last(self, targets: Any) -> Any:
+        return _moved(targets, self.devices[-1]) if self.devices else targets
+
+    def _trainable(self, loss_fn: Any = None) -> Iterator[Tensor]:
+        own = {id(p): p for p in self.parameters() if p.requires_grad}
+        if isinstance(loss_fn, nn.Module):
+            own.update({id(p): p for p in loss_fn.parameters() if p.requires_grad})
+        return iter(own.values())
+
+    def _check_targets(self, targets: Any, rows: int) -> None:
+        if _has_rows(targets) and (given := row_count(targets)) != rows:
+            raise ValueError(f"inputs have {rows} rows, targets have {given}: give one target per row")
+
+    @staticmethod
+    def _balanced(cells: list[tuple[str, nn.Module]], balance: Iterable[int] | None, devices: Any) -> list[int]:
+        if balance is not None:
+            return check_balance(balance, len(cells))
+        if not cells:
+            return []
+        sizes = [sum(p.numel() for p in cell.parameters()) for _, cell in cells]
+        given = check_devices(devices, None)
+        stages = len(given) if devices is not None else min(len(given), len(cells))
+        if stages > len(cells):
+            raise ValueError(
+                f"{stages} devices for {len(cells)} cells: a stage needs at least one cell, "
+                f"so name at most {len(cells)}"
+            )
+        return split_evenly(sizes, stages)
+
+
+@lru_cache(maxsize=64)
+def _schedule(stages: int, micro_batches: int, keep: tuple[int, ...]) -> Schedule:
+    return schedules.with_recompute(schedules.gpipe(stages, micro_batches), keep).validate()
+
+
+def _drawn_seed() -> int:
+    return int(torch.randint(0, 2**63 - 1, (), device="cpu"))
+
+
+def _moved(tree: Any, device: torch.device) -> Any:
+    return tree_map_only(Tensor, partial(Tensor.to, device=device), tree)
+
+
+def _has_rows(tree: Any) -> bool:
+    return any(isinstance(leaf, Tensor) and leaf.dim() > 0 for leaf in tree_leaves(tree))

@@ -1,0 +1,201 @@
+"""A stage: consecutive cells on one device, and what it does with one micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from gpipe.batchnorm import Statistics
+from gpipe.boundary import Boundary, Gradients
+from gpipe.buffers import ChangingBuffers, Snapshot, rewound
+from gpipe.phase import Phase, running
+from gpipe.rng import Draws, cell_seed
+
+Head = Callable[[int, Any], Tensor]
+
+
+class Stage:
+    """Consecutive cells on one device.
+
+    Args:
+        index: Which stage of the pipeline this is.
+        cells: Its cells with their names.
+        first_cell: Index in the whole model of the first of them.
+        device: Where they live.
+        alone: Whether no other stage uses ``device``.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        cells: Sequence[tuple[str, nn.Module]],
+        first_cell: int,
+        device: torch.device,
+        alone: bool,
+    ) -> None:
+        self.index = index
+        self.cells = tuple(cell for _, cell in cells)
+        self.names = tuple(name for name, _ in cells)
+        self.first_cell = first_cell
+        self.device = device
+        self.draws = Draws(len(cells) + 1, device if alone and device.type != "cpu" else None)
+        self.buffers = ChangingBuffers(self.cells)
+
+    def __str__(self) -> str:
+        last = self.first_cell + len(self.cells) - 1
+        return f"stage {self.index} (cells {self.first_cell} to {last}, {self.device})"
+
+
+@dataclass(slots=True)
+class _Graph:
+    """The recorded forward of one micro-batch, ready to go backward."""
+
+    roots: list[tuple[int, Tensor]]  # (leaf index, tensor): the outputs a gradient can enter by
+    arrived: Gradients  # filled by backward: a gradient for every leaf of the input
+
+
+@dataclass(slots=True)
+class _Saved:
+    """What a stage keeps of a micro-batch whose activations it dropped."""
+
+    boundary: Boundary
+    versions: tuple[int, ...]
+    buffers: Snapshot
+    outputs_need_grad: tuple[bool, ...]
+
+
+@dataclass
+class Flight:
+    """The micro-batches of one mini-batch on their way through one stage.
+
+    Attributes:
+        stage: The stage.
+        seed, step: What random draws depend on, beside micro-batch and cell.
+        recomputed: Micro-batches whose activations are dropped and recomputed.
+        statistics: Where deferred batch-norm layers collect, None if they are not deferred.
+        head: Computes the loss of one micro-batch from the last stage's output, where the workers do that.
+        keep_graph: Backward may come again (``retain_graph=True``).
+    """
+
+    stage: Stage
+    seed: int
+    step: int
+    recomputed: frozenset[int] = frozenset()
+    statistics: Statistics | None = None
+    head: Head | None = None
+    keep_graph: bool = False
+    cell: str | None = None
+    _graphs: dict[int, _Graph] = field(default_factory=dict)
+    _saved: dict[int, _Saved] = field(default_factory=dict)
+    _observed: bool = False
+
+    def forward(self, m: int, boundary: Boundary) -> Boundary:
+        """Run micro-batch ``m`` through the cells; without a graph if it will be recomputed."""
+        if not torch.is_grad_enabled():
+            return Boundary.of(self._run(Phase(m, statistics=self.statistics), boundary.tree()))
+        if m in self.recomputed:
+            return self._forward_dropping(m, boundary)
+        self._graphs[m], outputs = self._record(Phase(m, statistics=self.statistics), boundary)
+        return outputs
+
+    def _forward_dropping(self, m: int, boundary: Boundary) -> Boundary:
+        """Forward that keeps the boundary alone.
+
+        The graph is recorded, but its saved tensors are dropped as they come. Under ``no_grad`` nobody would know which
+        outputs need a gradient, and some operators would take another path than in the recompute.
+        """
+        versions = boundary.versions()
+        phase = Phase(m, checkpointing=True, statistics=self.statistics)
+        with self.stage.buffers.watched() as buffers, saved_tensors_hooks(_drop, _dropped):
+            _, outputs = self._record(phase, boundary.copy())
+        self._saved[m] = _Saved(boundary, versions, buffers, outputs.needs_grad)
+        return outputs
+
+    def recompute(self, m: int) -> None:
+        """Run micro-batch ``m`` forward again, recording the graph this time."""
+        saved = self._saved[m] if self.keep_graph else self._saved.pop(m)
+        if not any(saved.outputs_need_grad):
+            self._graphs[m] = _Graph([], [None] * len(saved.boundary.leaves))
+            return
+        if saved.boundary.versions() != saved.versions:
+            raise RuntimeError(
+                "a tensor that is needed to recompute this micro-batch was modified in place after forward used it: "
+                "modify a clone, or wrap with checkpoint='never'"
+            )
+        boundary = saved.boundary.copy() if self.keep_graph else saved.boundary
+        with rewound(saved.buffers):
+            phase = Phase(m, recomputing=True, statistics=self.statistics)
+            self._graphs[m], outputs = self._record(phase, boundary)
+        if outputs.needs_grad != saved.outputs_need_grad:
+            raise RuntimeError(
+                "the recompute gave other outputs than forward did "
+                f"({len(outputs.needs_grad)} leaves needing gradients {outputs.needs_grad}, forward "
+                f"{len(saved.outputs_need_grad)} and {saved.outputs_need_grad}): "
+                "a cell must compute the same both times"
+            )
+
+    def backward(self, m: int, gradients: Sequence[Tensor | None] | None) -> Gradients:
+        """Run micro-batch ``m`` backward; parameter gradients accumulate in ``parameter.grad``.
+
+        Args:
+            m: The micro-batch.
+            gradients: One for every leaf of the stage's output, None where none came. None instead of all if the
+                output is the loss, where backward starts.
+
+        Returns:
+            One for every leaf of the stage's input.
+        """
+        lasting = self.keep_graph and m not in self.recomputed
+        graph = self._graphs[m] if lasting else self._graphs.pop(m)
+        entering: list[tuple[Tensor, Tensor | None]]
+        if gradients is None:
+            entering = [(root, None) for _, root in graph.roots]
+        else:
+            entering = [(root, gradients[i]) for i, root in graph.roots if gradients[i] is not None]
+        graph.arrived[:] = [None] * len(graph.arrived)
+        if entering:
+            roots, values = zip(*entering, strict=True)
+            if not lasting:
+                graph.roots.clear()
+            del entering
+            torch.autograd.backward(roots, values, retain_graph=lasting)
+        return list(graph.arrived)
+
+    def _record(self, phase: Phase, boundary: Boundary) -> tuple[_Graph, Boundary]:
+        arrived: Gradients = []
+        output = self._run(phase, boundary.open(arrived))
+        cut = Boundary.of(output)
+        leaves = torch.utils._pytree.tree_leaves(output)
+        roots = [(i, leaf) for i, leaf in enumerate(leaves) if cut.needs_grad[i]]
+        return _Graph(roots, arrived), cut
+
+    def _run(self, phase: Phase, value: Any) -> Any:
+        stage, m = self.stage, phase.micro_batch
+        observe = not self._observed
+        with running(phase):
+            for i, cell in enumerate(stage.cells):
+                self.cell = f"{stage.names[i]} ({type(cell).__name__})"
+                seed = cell_seed(self.seed, self.step, m, stage.first_cell + i)
+                with stage.draws.cell(i, seed, observe):
+                    value = cell(value)
+            if self.head is not None:
+                self.cell = "loss_fn"
+                seed = cell_seed(self.seed, self.step, m, stage.first_cell + len(stage.cells))
+                with stage.draws.cell(len(stage.cells), seed, observe):
+                    value = self.head(m, value)
+        self.cell = None
+        self._observed = True
+        return value
+
+
+def _drop(tensor: Tensor) -> None:
+    return None
+
+
+def _dropped(nothing: None) -> Tensor:
+    raise RuntimeError("this forward's activations were dropped and are recomputed before backward")

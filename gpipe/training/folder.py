@@ -1,0 +1,89 @@
+"""The output folder of a run: what stands where, and who may write to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gpipe.training.config import Configuration
+from gpipe.training.errors import ConfigurationError
+from gpipe.training.problems import shown
+from gpipe.training.reading import dump, read_configuration
+from gpipe.training.saving import write_text
+
+# The bits do not depend on these, so a run may go on with others.
+FREE_KEYS = frozenset({"output", "training.save_every"} | {f"pipeline.{key}" for key in ("stages", "balance", "devices", "checkpoint")})
+FREE_SECTIONS = ("logging.",)
+
+
+class RunFolder:
+    """Names of the files in an output folder.
+
+    Attributes:
+        path: The folder itself, which holds TensorBoard's files too.
+        configuration: ``config.yaml``, every default written out.
+        saves: The folder of the saves.
+        weights: ``weights.safetensors``, written at the end.
+        scores: ``eval.json``, written by ``gpipe eval``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.configuration = path / "config.yaml"
+        self.saves = path / "saves"
+        self.weights = path / "weights.safetensors"
+        self.scores = path / "eval.json"
+
+    def check(self, configuration: Configuration, source: object, resume: bool) -> None:
+        """Make sure that a run may write here.
+
+        Raises:
+            ConfigurationError: If something else is here, or a run that this configuration cannot continue.
+        """
+        try:
+            used = self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+        except OSError as error:
+            raise ConfigurationError(source, [f"output: {self.path} cannot be read: {error}"]) from error
+        if not used:
+            return
+        if not self.configuration.is_file():
+            raise ConfigurationError(
+                source, [f"output: {self.path} is in use, but not by gpipe; choose another: --set output=FOLDER"]
+            )
+        if not resume:
+            remedy = "continue it with --resume, or choose another folder: --set output=FOLDER"
+            raise ConfigurationError(source, [f"output: {self.path} holds a run already; {remedy}"])
+        if problems := list(_differences(read_configuration(self.configuration), configuration)):
+            raise ConfigurationError(
+                f"{source}: cannot resume {self.path}, which was trained otherwise (set these back, or start a new run "
+                "with --set output=FOLDER)",
+                problems,
+            )
+
+    def write_configuration(self, configuration: Configuration, source: object) -> None:
+        """Copy the configuration in; from here on the folder belongs to the run."""
+        write_text(self.configuration, f"# What {source} and --set said, with every default.\n{dump(configuration)}")
+
+
+def _differences(before: Configuration, now: Configuration) -> Iterator[str]:
+    """A line for each key that would change the bits."""
+    old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
+    for key in dict.fromkeys([*old, *new]):
+        if key in FREE_KEYS or key.startswith(FREE_SECTIONS) or old.get(key) == new.get(key):
+            continue
+        if key == "training.steps":
+            if new[key] < old[key]:
+                yield f"{key}: may grow but not shrink: {old[key]} in the run, {new[key]} now"
+            continue
+        yield f"{key}: {shown(old.get(key))} in the run, {shown(new.get(key))} now"
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

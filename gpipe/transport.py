@@ -1,0 +1,118 @@
+"""Channels between stages.
+
+A channel is keyed by (source stage, target stage, direction); the caller is the source of the first stage and the
+target of the last. Messages carry their micro-batch, so sender and receiver need not agree on an order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from functools import partial
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+CALLER = -1
+
+
+class Direction(Enum):
+    """Outputs flow forward, their gradients backward."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
+class Aborted(BaseException):
+    """Another worker failed; this one has nothing left to wait for. Never reaches the user."""
+
+
+class Transport(Protocol):
+    """Carries messages between the stages of one mini-batch."""
+
+    def send(self, source: int, target: int, direction: Direction, micro_batch: int, message: Any) -> None:
+        """Hand a message over without waiting for its receiver."""
+
+    def receive(self, source: int, target: int, direction: Direction, micro_batch: int) -> Any:
+        """Wait for a message.
+
+        Raises:
+            Aborted: The mini-batch was given up.
+        """
+
+    def abort(self) -> None:
+        """Wake everyone who waits."""
+
+
+class _Channel:
+    """Messages from one thread to one other, taken by micro-batch."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[tuple[int, Any] | None] = SimpleQueue()
+        self._early: dict[int, Any] = {}
+
+    def put(self, micro_batch: int, message: Any) -> None:
+        self._queue.put((micro_batch, message))
+
+    def take(self, micro_batch: int) -> Any:
+        while micro_batch not in self._early:
+            item = self._queue.get()
+            if item is None:
+                raise Aborted
+            self._early[item[0]] = item[1]
+        return self._early.pop(micro_batch)
+
+    def close(self) -> None:
+        self._queue.put(None)
+
+
+class ThreadTransport:
+    """Channels between threads of one process, for a chain of stages.
+
+    Every thread uses the caller's current streams, so a tensor is ready for whatever its receiver launches, and a copy
+    between accelerators is ordered with both.
+
+    Args:
+        devices: The device of every stage; tensors that live on the sender's arrive on the receiver's.
+    """
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._devices = devices
+        self._aborted = False
+        last = len(devices) - 1
+        pairs = [(CALLER, 0), *((k, k + 1) for k in range(last)), (last, CALLER)]
+        self._channels = {
+            **{(a, b, Direction.FORWARD): _Channel() for a, b in pairs},
+            **{(b, a, Direction.BACKWARD): _Channel() for a, b in pairs},
+        }
+
+    def send(self, source: int, target: int, direction: Direction, micro_batch: int, message: Any) -> None:
+        """Hand a message over; tensors for another accelerator start on their way."""
+        if CALLER not in (source, target) and self._devices[source] != self._devices[target]:
+            message = tree_map_only(Tensor, partial(_move, self._devices[source], self._devices[target]), message)
+        self._channels[source, target, direction].put(micro_batch, message)
+
+    def receive(self, source: int, target: int, direction: Direction, micro_batch: int) -> Any:
+        """Wait for a message.
+
+        Raises:
+            Aborted: The mini-batch was given up.
+        """
+        if self._aborted:
+            raise Aborted
+        return self._channels[source, target, direction].take(micro_batch)
+
+    def abort(self) -> None:
+        """Wake everyone who waits."""
+        self._aborted = True
+        for channel in self._channels.values():
+            channel.close()
+
+
+def _move(source: torch.device, target: torch.device, tensor: Tensor) -> Tensor:
+    if tensor.device != source:
+        return tensor
+    return tensor.to(target, non_blocking=target.type != "cpu")

@@ -1,0 +1,202 @@
+"""The loop that performs a worker's actions, and the threads that run it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from time import perf_counter
+
+import torch
+
+from gpipe.boundary import Boundary
+from gpipe.context import CallerContext
+from gpipe.schedule import Action, Kind
+from gpipe.stage import Flight
+from gpipe.timeline import Span
+from gpipe.transport import CALLER, Aborted, Direction, Transport
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the workers share while they perform one half, or all, of a mini-batch's schedule.
+
+    Attributes:
+        flights: The mini-batch's record on every stage.
+        transport: Connects the stages.
+        forward_modes: The caller's autocast for forward and recompute.
+        backward_modes: The caller's autocast for backward.
+    """
+
+    flights: Sequence[Flight]
+    transport: Transport
+    forward_modes: CallerContext
+    backward_modes: CallerContext
+
+
+def perform(work: Work, actions: Sequence[Action], spans: list[Span]) -> None:
+    """Perform ``actions`` one after the other: receive, compute, send.
+
+    Args:
+        work: Stages and transport.
+        actions: What this worker does, in order.
+        spans: Where the time of every action's computation is recorded.
+
+    Raises:
+        BaseException: Whatever a cell raised, with a note that says where.
+    """
+    for action in actions:
+        flight = work.flights[action.stage]
+        try:
+            _PERFORM[action.kind](work, flight, action, spans)
+        except Aborted:
+            raise
+        except BaseException as error:
+            cell = f", cell {flight.cell}" if flight.cell else ""
+            error.add_note(f"gpipe: raised in {flight.stage}{cell}, micro-batch {action.micro_batch}, action {action}")
+            raise
+
+
+def _forward(work: Work, flight: Flight, action: Action, spans: list[Span]) -> None:
+    k, _, m = action
+    boundary: Boundary = work.transport.receive(_before(k), k, Direction.FORWARD, m)
+    start = perf_counter()
+    with work.forward_modes.autocasting():
+        output = flight.forward(m, boundary)
+    spans.append(Span(action, start, perf_counter()))
+    work.transport.send(k, _after(k, work), Direction.FORWARD, m, output)
+
+
+def _recompute(work: Work, flight: Flight, action: Action, spans: list[Span]) -> None:
+    start = perf_counter()
+    with work.forward_modes.autocasting():
+        flight.recompute(action.micro_batch)
+    spans.append(Span(action, start, perf_counter()))
+
+
+def _backward(work: Work, flight: Flight, action: Action, spans: list[Span]) -> None:
+    k, _, m = action
+    gradients = work.transport.receive(_after(k, work), k, Direction.BACKWARD, m)
+    start = perf_counter()
+    with work.backward_modes.autocasting():
+        arrived = flight.backward(m, gradients)
+    spans.append(Span(action, start, perf_counter()))
+    work.transport.send(k, _before(k), Direction.BACKWARD, m, arrived)
+
+
+def _before(stage: int) -> int:
+    return stage - 1 if stage else CALLER
+
+
+def _after(stage: int, work: Work) -> int:
+    return stage + 1 if stage + 1 < len(work.flights) else CALLER
+
+
+_PERFORM = {Kind.FORWARD: _forward, Kind.RECOMPUTE: _recompute, Kind.BACKWARD: _backward}
+
+
+_Jobs = SimpleQueue[Callable[[], None] | None]
+
+
+class Workers:
+    """Threads that live as long as the pipe, one a worker: fresh threads would get fresh allocator arenas every step.
+
+    Args:
+        count: Number of threads.
+        intra_op_threads: Threads each may use inside an operator on the CPU.
+    """
+
+    def __init__(self, count: int, intra_op_threads: int) -> None:
+        self._process = os.getpid()
+        self._jobs: list[_Jobs] = [SimpleQueue() for _ in range(count)]
+        self._threads = [
+            threading.Thread(target=_serve, args=(jobs, intra_op_threads), name=f"gpipe-worker-{w}", daemon=True)
+            for w, jobs in enumerate(self._jobs)
+        ]
+        callers = torch.get_num_threads()
+        for thread in self._threads:
+            thread.start()
+        self.run([lambda: None] * count)  # now every thread has set its own
+        torch.set_num_threads(callers)  # a worker's setting is also the default for threads that start later
+        self._stop = weakref.finalize(self, _stop, self._process, self._jobs, self._threads)
+
+    def usable(self) -> bool:
+        """Whether the threads exist in this process (they do not in a fork of it)."""
+        return self._process == os.getpid()
+
+    def run(self, jobs: Sequence[Callable[[], None]], abort: Callable[[], None] = lambda: None) -> None:
+        """Run one job on every worker and wait for all of them.
+
+        Args:
+            jobs: One a worker.
+            abort: Called when a job raises or the waiting caller is interrupted; must make the others end soon.
+
+        Raises:
+            BaseException: What the first failing job raised, or what interrupted the caller, once all jobs have ended.
+        """
+        done: SimpleQueue[None] = SimpleQueue()
+        runs = [_Once(job, done, abort) for job in jobs]
+        waiting = list(zip(self._jobs, runs, strict=True))
+        interrupt: BaseException | None = None
+        while waiting or not all(run.ended for run in runs):
+            try:
+                if waiting:
+                    waiting[-1][0].put(waiting[-1][1])
+                    waiting.pop()
+                else:
+                    done.get()
+            except BaseException as error:  # Ctrl-C: the workers end first, then the caller hears of it
+                interrupt = error
+                abort()
+        failure = interrupt or next((e for e in (run.error for run in runs) if e is not None), None)
+        del runs, waiting
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure, interrupt  # the traceback holds this frame: keep no cycle
+
+
+class _Once:
+    """A job that runs once even if an interrupted caller hands it over twice, and keeps what it raised."""
+
+    def __init__(self, job: Callable[[], None], done: SimpleQueue[None], abort: Callable[[], None]) -> None:
+        self._job: Callable[[], None] | None = job
+        self._done = done
+        self._abort = abort
+        self.ended = False
+        self.error: BaseException | None = None
+
+    def __call__(self) -> None:
+        job, self._job = self._job, None
+        if job is None:
+            return
+        try:
+            job()
+        except Aborted:
+            pass
+        except BaseException as error:
+            self.error = error
+            self._abort()
+        self.ended = True
+        self._done.put(None)
+
+
+def _serve(jobs: _Jobs, intra_op_threads: int) -> None:
+    torch.set_num_threads(intra_op_threads)
+    while (job := jobs.get()) is not None:
+        job()
+        del job
+
+
+def _stop(process: int, jobs: list[_Jobs], threads: list[threading.Thread]) -> None:
+    if process != os.getpid():
+        return
+    for queue in jobs:
+        queue.put(None)
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join()
