@@ -2,9 +2,8 @@
 
 Before a cell runs, its generator is seeded; a recompute seeds the same, so nothing is saved or restored. CPU threads
 share one default generator, and sharing it races; there a dispatch mode, which is per thread, hands every random
-operator
-a generator of the thread's own. The mode costs microseconds per operator, so a cell runs under it only where it may
-draw: always on the first micro-batch of a mini-batch, later only if it drew then or ever before.
+operator a generator of the thread's own. The mode costs microseconds per operator, so a cell runs under it only where it
+may draw: always on the first micro-batch of a mini-batch, later only if it drew then or ever before.
 """
 
 from __future__ import annotations

@@ -144,9 +144,7 @@ class Transformer(nn.Module):
         return [cast(Block, block) for block in self.resblocks]
 
 
-def check_tower(
-    tower: str, *, width: int, layers: int, heads: int, activation: str, dropout: float, **counts: int
-) -> None:
+def check_tower(tower: str, *, width: int, layers: int, heads: int, dropout: float, **counts: int) -> None:
     """Refuse settings no tower can be built from.
 
     Args:
@@ -154,7 +152,6 @@ def check_tower(
         width: features per token; must be a multiple of ``heads``.
         layers: number of blocks.
         heads: attention heads of a block.
-        activation: must be a key of :data:`ACTIVATIONS`.
         dropout: must be in [0, 1).
         **counts: further settings of the tower that must be positive ints.
 
@@ -164,5 +161,4 @@ def check_tower(
     sizes: dict[str, object] = {f"{tower}_width": width, f"{tower}_layers": layers, f"{tower}_heads": heads}
     require_counts(**sizes, **counts)
     require_multiple(f"{tower}_width", width, f"{tower}_heads", heads)
-    require_choice("activation", activation, ACTIVATIONS)
     require_probability("dropout", dropout)

@@ -50,16 +50,13 @@ class CLIP(nn.Module):
             width=text_width,
             layers=text_layers,
             heads=text_heads,
-            activation=activation,
             dropout=dropout,
             context_length=context_length,
             vocabulary_size=vocabulary_size,
         )
         self.limits = TextLimits(context_length, vocabulary_size)
         self.visual = visual
-        self.transformer = Transformer(
-            text_width, text_layers, text_heads, activation, causal=True, dropout=dropout
-        )
+        self.transformer = Transformer(text_width, text_layers, text_heads, activation, causal=True, dropout=dropout)
         self.token_embedding = nn.Embedding(vocabulary_size, text_width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, text_width))
         self.ln_final = LayerNorm(text_width)

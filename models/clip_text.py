@@ -86,9 +86,7 @@ class TextStem(nn.Module):
         limits: what the tower can read.
     """
 
-    def __init__(
-        self, token_embedding: nn.Embedding, positional_embedding: nn.Parameter, limits: TextLimits
-    ) -> None:
+    def __init__(self, token_embedding: nn.Embedding, positional_embedding: nn.Parameter, limits: TextLimits) -> None:
         super().__init__()
         self.token_embedding = token_embedding
         self.positional_embedding = positional_embedding

@@ -53,7 +53,6 @@ class VisionTransformer(nn.Module):
             width=vision_width,
             layers=vision_layers,
             heads=vision_heads,
-            activation=activation,
             dropout=dropout,
             image_size=image_size,
             patch_size=patch_size,
@@ -126,7 +125,7 @@ class ImageStem(nn.Module):
 
     def _check(self, images: Tensor) -> None:
         expected = (self.conv1.in_channels, self.image_size, self.image_size)
-        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+        if tuple(images.shape[1:]) != expected:
             shape = ", ".join(str(size) for size in expected)
             raise ValueError(
                 f"CLIP images: expected shape (B, {shape}), given {tuple(images.shape)}; resize the images, "
@@ -134,8 +133,7 @@ class ImageStem(nn.Module):
             )
         if not images.is_floating_point():
             raise ValueError(
-                f"CLIP images: expected a floating dtype, given {images.dtype}; "
-                "scale and normalise the images first"
+                f"CLIP images: expected a floating dtype, given {images.dtype}; scale and normalise the images first"
             )
 
     def _check_rows(self, images: Tensor, tokens: Tensor) -> None:

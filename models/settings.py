@@ -15,8 +15,7 @@ def require_counts(**settings: object) -> None:
     for name, value in settings.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(
-                f"expected {name} to be a whole number of at least 1, given {value!r}; "
-                f"set {name} to a positive int"
+                f"expected {name} to be a whole number of at least 1, given {value!r}; set {name} to a positive int"
             )
 
 

@@ -52,7 +52,7 @@ class WordTokenizer:
     padding, unknown, start, end = range(4)
 
     def __init__(self, texts: Iterable[str], context_length: int) -> None:
-        if isinstance(context_length, bool) or not isinstance(context_length, int) or context_length < 2:
+        if not isinstance(context_length, int) or context_length < 2:  # so True, which is 1, is refused too
             raise ValueError(
                 "WordTokenizer: expected context_length to be a whole number of at least 2, "
                 f"given {context_length!r}; "
@@ -116,6 +116,4 @@ def split_words(text: str) -> list[str]:
 
 def _refuse_one_text(texts: Iterable[str]) -> None:
     if isinstance(texts, str):
-        raise ValueError(
-            f"WordTokenizer: expected several texts, given the single text {texts!r}; pass [text] for one"
-        )
+        raise ValueError(f"WordTokenizer: expected several texts, given the single text {texts!r}; pass [text] for one")

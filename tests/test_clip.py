@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gpipe import GPipe
 from gpipe.models.attention import Attention, Block, LayerNorm, QuickGELU
 from gpipe.models.clip import CLIP, clip
 from gpipe.models.clip_vision import VisionTransformer
@@ -288,8 +289,9 @@ def test_layer_norm_computes_in_float32_and_returns_the_input_dtype():
     expected = F.layer_norm(x.float(), (64,), norm.weight.float(), norm.bias.float()).bfloat16()
     assert norm(x).dtype == torch.bfloat16
     assert torch.equal(norm(x), expected)
-    mixed = LayerNorm(64)
-    assert mixed(x).dtype == torch.bfloat16
+    mixed = loud(LayerNorm(64))  # float32 gains, as under autocast
+    expected = F.layer_norm(x.float(), (64,), mixed.weight, mixed.bias).bfloat16()
+    assert torch.equal(mixed(x), expected)
     x64 = torch.randn(4, 64, dtype=torch.float64) * 1e-9 + 1
     assert norm.double()(x64).dtype == torch.float64
     assert (LayerNorm(64)(x64).std(-1) > 0).all()  # would be lost in float32
@@ -326,6 +328,11 @@ def test_a_few_steps_lower_the_loss():
         loss.clamp_()
         values.append(value.item())
     assert values[-1] < values[0] / 4
+
+
+def test_no_rows_give_no_features():
+    images, tokens, end = batch()
+    assert [feature.shape for feature in small()((images[:0], tokens[:0], end[:0]))] == [(0, 10), (0, 10)]
 
 
 def test_other_channel_counts():
@@ -443,6 +450,7 @@ def test_dropout_draws_in_training_only():
 def test_dropout_reaches_each_branch(part):
     torch.manual_seed(0)
     block = loud(Block(12, 3, "gelu", dropout=0.5))
+    block.attn.dropout = 0.0
     with torch.no_grad():
         silenced = block.mlp.c_proj if part == "attn" else block.attn.out_proj
         silenced.weight.zero_()
@@ -457,6 +465,40 @@ def test_attention_weights_are_dropped():
     assert not torch.allclose(attention(x), attention(x))
     attention.eval()
     assert torch.equal(attention(x), attention(x))
+
+
+# Under a pipeline
+
+
+def trained(balance: list[int], checkpoint: str) -> list[torch.Tensor]:
+    model, loss = loud(small(dropout=0.3)), ContrastiveLoss()
+    devices = ["cpu"] * len(balance)
+    pipe = GPipe(model, balance=balance, devices=devices, chunks=2, checkpoint=checkpoint, seed=5)
+    assert list(pipe.state_dict()) == list(model.state_dict())
+    optimizer = torch.optim.AdamW([*pipe.parameters(), *loss.parameters()], lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss(pipe(batch(5))).backward()
+        optimizer.step()
+        loss.clamp_()
+    return [parameter.detach() for parameter in [*model.parameters(), *loss.parameters()]]
+
+
+@pytest.mark.parametrize("checkpoint", ["always", "except_last", "never"])
+@pytest.mark.parametrize("balance", [[4, 5], [2, 3, 4], [1] * 9], ids=str)
+def test_every_partition_trains_to_the_same_bits_with_dropout(balance, checkpoint):
+    for one, other in zip(trained(balance, checkpoint), trained([9], "never"), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_pipelined_gradients_are_those_of_the_model():
+    model, loss = loud(small().double()), ContrastiveLoss().double()
+    inputs = batch(5, torch.float64)
+    parameters = [*model.parameters(), *loss.parameters()]
+    expected = torch.autograd.grad(loss(model(inputs)), parameters)
+    loss(GPipe(model, balance=[3, 3, 3], devices=["cpu"] * 3, chunks=3)(inputs)).backward()
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-11, atol=1e-11)
 
 
 # What is refused

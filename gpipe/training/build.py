@@ -138,6 +138,9 @@ def build(plan: Plan) -> Job:
     model = build_model(plan)
     loss = build_loss(plan)
     data = build_run_data(plan)
+    if (rows := configuration.training.batch_size) > data.rows:
+        problem = f"training.batch_size: should be at most {data.rows}, the rows of the training data, given {rows}"
+        raise _problem(plan, problem)
     pipe = _pipe(plan, model, devices)
     parameters = list(pipe.named_parameters())
     if isinstance(loss, nn.Module):

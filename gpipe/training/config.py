@@ -6,8 +6,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic import field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from gpipe.training.data import DataConfig
 
@@ -41,7 +50,8 @@ class PipelineConfig(Section):
         devices: one device for all stages or a list of one per stage. When not given: the accelerators of the machine,
             each with an equal share of the stages; the CPU where there are none.
         chunks: micro-batches of a mini-batch.
-        checkpoint: which micro-batches re-materialise their activations.
+        checkpoint: which micro-batches re-materialise their activations; a number keeps those of the last so
+            many, a list of numbers says so for each stage.
         threads: intra-op threads of each stage on the CPU, and of the main thread.
         deferred_batch_norm: batch-norm statistics once per mini-batch.
     """
@@ -50,7 +60,7 @@ class PipelineConfig(Section):
     balance: list[PositiveInt] | None = None
     devices: list[str] | str | None = None
     chunks: PositiveInt = 1
-    checkpoint: Literal["always", "except_last", "never"] = "except_last"
+    checkpoint: Literal["always", "except_last", "never"] | NonNegativeInt | list[NonNegativeInt] = "except_last"
     threads: PositiveInt = 1
     deferred_batch_norm: bool = False
 
@@ -66,7 +76,8 @@ class PipelineConfig(Section):
 
     @model_validator(mode="after")
     def _fit_stages(self) -> Self:
-        for key, value in (("balance", self.balance), ("devices", self.devices)):
+        for key in ("balance", "devices", "checkpoint"):
+            value = getattr(self, key)
             if isinstance(value, list) and len(value) != self.stages:
                 raise ValueError(
                     f"{key} has {len(value)} entries but stages is {self.stages}; give one entry per stage, or set both"

@@ -58,7 +58,7 @@ class Pairs:
         place = torch.full((len(self.images),), -1)
         place[images] = torch.arange(len(images))
         kept = self.matches[place[self.matches[:, 0]] >= 0]
-        used, text = kept[:, 1].unique(return_inverse=True)
+        used, text = torch.unique(kept[:, 1], return_inverse=True)
         matches = torch.stack((place[kept[:, 0]], text), dim=1)
         return Pairs(Subset(self.images, images), [self.texts[row] for row in used.tolist()], matches)
 
@@ -96,6 +96,7 @@ class CaptionedImages:
         self._tokens, self._end = self.tokenizer(list(train.texts))  # (texts, T), (texts,)
         self.test_images: Images = Normalised(test.images, config.mean, config.std)
         self.captions = list(test.texts)
+        self.tokenizer(self.captions)  # a caption too long is refused now, not after the training
         self.matches = test.matches
 
     def batch(self, step: int, rows: int) -> tuple[tuple[Tensor, Tensor, Tensor], None]:
@@ -134,7 +135,14 @@ def captions_csv(config: CaptionsConfig, *, seed: int) -> CaptionedImages:
 def _read(path: Path, config: CaptionsConfig, key: str) -> Pairs:
     """Read one CSV file."""
     if not path.is_file():
-        raise ValueError(f"data.{key}: expected a CSV file, got {path}, which is not one: correct the path")
+        raise ValueError(f"{key}: expected a CSV file, got {path}, which is not one: correct the path")
+    try:
+        return _read_rows(path, config, key)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{key}: expected a CSV file in UTF-8, got {path}: {error}; save it as such") from error
+
+
+def _read_rows(path: Path, config: CaptionsConfig, key: str) -> Pairs:
     images: dict[Path, int] = {}
     texts: dict[str, int] = {}
     pairs: dict[tuple[int, int], None] = {}
@@ -147,7 +155,7 @@ def _read(path: Path, config: CaptionsConfig, key: str) -> Pairs:
             if fault:
                 wrong.append(f"line {table.line_num}: {fault}")
                 continue
-            image = path.parent / row[config.image].strip()
+            image = (path.parent / row[config.image].strip()).resolve()  # one file is one image, however it is spelt
             if image not in images:
                 lines.append(f"{path}, line {table.line_num}")
             caption = row[config.caption].strip()
@@ -160,7 +168,7 @@ def _check_columns(names: Sequence[str] | None, config: CaptionsConfig, path: Pa
     missing = [column for column in (config.image, config.caption) if column not in (names or ())]
     if missing:
         raise ValueError(
-            f"data.{key}: expected the columns {config.image!r} and {config.caption!r} in the first line of {path}, got "
+            f"{key}: expected the columns {config.image!r} and {config.caption!r} in the first line of {path}, got "
             f"{list(names or ())}: rename the columns, or name yours under data.image and data.caption"
         )
 
@@ -173,7 +181,7 @@ def _fault(row: dict[str, str], folder: Path, config: CaptionsConfig) -> str | N
     if not (image or "").strip() or not (caption or "").strip():
         return "the image's path or the caption is empty"
     if not (folder / image.strip()).is_file():
-        return f"no image file {folder / image.strip()}"
+        return f"there is no file {folder / image.strip()}"
     return None
 
 
@@ -181,8 +189,8 @@ def _check_rows(wrong: list[str], images: int, path: Path, key: str) -> None:
     if wrong:
         shown = "\n  ".join(wrong[:10] + ([f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []))
         raise ValueError(
-            f"data.{key}: expected an image file and a caption in every row of {path}, got {len(wrong)} bad rows; "
+            f"{key}: expected an image file and a caption in every row of {path}, got {len(wrong)} bad rows; "
             f"correct or remove them:\n  {shown}"
         )
     if images < 2:
-        raise ValueError(f"data.{key}: expected at least 2 images in {path}, got {images}: add rows")
+        raise ValueError(f"{key}: expected at least 2 images in {path}, got {images}: add rows")

@@ -9,11 +9,11 @@ from pydantic import Field
 from torch import Tensor
 
 from gpipe.training.data_augment import Augment
-from gpipe.training.data_tokens import WORD_TOKENIZER
 from gpipe.training.data_draws import hold_out
 from gpipe.training.data_images import TensorImages
 from gpipe.training.data_labelled import LabelledImages, Labelling, Part, Parts, Task, stratified
 from gpipe.training.data_settings import DataSettings
+from gpipe.training.data_tokens import WORD_TOKENIZER
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 TINTS = {

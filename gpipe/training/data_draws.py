@@ -7,6 +7,7 @@ pipeline stages, which draw numbers of their own, changes nothing.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import numpy
@@ -93,5 +94,5 @@ def hold_out(labels: Tensor, fraction: float, index: int = 0) -> tuple[Tensor, T
     shuffled = torch.randperm(total, generator=generator(0, SPLIT, index), device="cpu")
     by_label = shuffled[torch.sort(labels[shuffled], stable=True).indices]
     quota = [math.ceil(round(row * fraction, 9)) for row in range(total + 1)]
-    chosen = torch.tensor([after > before for before, after in zip(quota, quota[1:], strict=False)])
+    chosen = torch.tensor([after > before for before, after in itertools.pairwise(quota)])
     return by_label[~chosen].sort().values, by_label[chosen].sort().values

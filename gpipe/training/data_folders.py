@@ -87,7 +87,7 @@ def image_folder(config: ImageFolderConfig, *, seed: int) -> LabelledImages:
         counts = torch.bincount(train.labels, minlength=len(classes))
         if counts.min() < 2:
             raise ValueError(
-                f"data.path: expected at least 2 images of every class, got {int(counts.min())} of "
+                f"path: expected at least 2 images of every class, got {int(counts.min())} of "
                 f"{classes[int(counts.argmin())]!r} in {config.path}: add images, or give data.test_path"
             )
         kept, held = hold_out(train.labels, 0.2)
@@ -97,7 +97,7 @@ def image_folder(config: ImageFolderConfig, *, seed: int) -> LabelledImages:
         if test_classes != classes:
             differing = sorted(set(classes) ^ set(test_classes))
             raise ValueError(
-                f"data.test_path: expected the class folders of data.path, but {differing} are in only one of "
+                f"test_path: expected the class folders of data.path, but {differing} are in only one of "
                 f"{config.path} and {config.test_path}: give both the same class folders"
             )
     names = [name.replace("_", " ") for name in classes]
@@ -111,7 +111,7 @@ def _read_folder(path: Path, size: int, key: str) -> tuple[Part, list[str]]:
         folder = ImageFolder(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(
-            f"data.{key}: expected a folder that holds one folder of images per class, such as "
+            f"{key}: expected a folder that holds one folder of images per class, such as "
             f"{path}/cat/1.png and {path}/dog/2.png, got {path}: {error}"
         ) from error
     files, labels = zip(*folder.samples, strict=True)
@@ -136,7 +136,7 @@ def _read_cifar10(path: Path, train: bool) -> tuple[Part, list[str]]:
         bundle = CIFAR10(path, train=train, download=False)
     except RuntimeError as error:
         raise ValueError(
-            f"data.path: expected a folder that holds {CIFAR10.base_folder}/ with the files data_batch_1 to "
+            f"path: expected a folder that holds {CIFAR10.base_folder}/ with the files data_batch_1 to "
             f"data_batch_5, test_batch and batches.meta of cifar-10-python.tar.gz, got {path}, where they are missing "
             "or damaged: unpack the archive there (nothing is downloaded)"
         ) from error

@@ -130,6 +130,6 @@ class Normalised:
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Subtract a mean and divide by a deviation per channel; ``images`` is (n, C, H, W), the others have length C or 1."""
+    """Subtract a mean from (n, C, H, W) images and divide by a deviation; both of length C, or 1 for all channels."""
     shape = (1, -1, 1, 1)
     return (images - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)

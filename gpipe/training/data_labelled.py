@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from gpipe.training.data_augment import Augment, augment
-from gpipe.training.data_tokens import Tokenizer, make_tokenizer
 from gpipe.training.data_draws import DRAW, batch_rows, generator, hold_out
 from gpipe.training.data_images import Images, Normalised, Subset, normalise
+from gpipe.training.data_tokens import Tokenizer, make_tokenizer
 
 Task = Literal["contrastive", "classification"]
 Contrastive = tuple[Tensor, Tensor, Tensor]  # images (B, C, H, W), tokens (B, T), end (B,)
@@ -88,11 +88,11 @@ class Labelling:
 
     def __post_init__(self) -> None:
         if self.task == "contrastive" and not self.templates:
-            raise ValueError("data.templates: expected at least one caption template, got none")
+            raise ValueError("templates: expected at least one caption template, got none")
         for template in self.templates:
             if template.count("{}") != 1:
                 raise ValueError(
-                    f"data.templates: expected {{}} exactly once in every template, for the class, got {template!r}"
+                    f"templates: expected {{}} exactly once in every template, for the class, got {template!r}"
                 )
 
     def caption(self, label: int, template: int = 0) -> str:
@@ -143,7 +143,7 @@ class LabelledImages:
         tokens, end = self.tokenizer(texts)
         self._tokens = tokens.view(*shape, -1)  # (classes, templates, T)
         self._end = end.view(shape)
-        present, caption = self.test_labels.unique(return_inverse=True)
+        present, caption = torch.unique(self.test_labels, return_inverse=True)
         self.captions = [labelling.caption(label) for label in present.tolist()]
         self.matches = torch.stack((torch.arange(len(caption)), caption), dim=1)
 
@@ -185,4 +185,3 @@ class LabelledImages:
         """What a linear probe predicts, for the training and the test images: (N,) int64 each."""
         train, test, probe = self.parts.train.labels, self.test_labels, self.labelling.probe
         return (train, test) if probe is None else (probe[train], probe[test])
-

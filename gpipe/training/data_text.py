@@ -49,14 +49,12 @@ class TextWindows:
 
     vocabulary_size = 256
 
-    def __init__(
-        self, train: Tensor, test: Tensor, context_length: int, test_fraction: float, *, seed: int
-    ) -> None:
+    def __init__(self, train: Tensor, test: Tensor, context_length: int, test_fraction: float, *, seed: int) -> None:
         generator(seed, 0, 0)  # refuses a bad seed now
         for part, values in (("training", train), ("held-out", test)):
             if len(values) <= context_length:
                 raise ValueError(
-                    f"data.context_length: expected at most {max(len(values) - 1, 0)}, one less than the bytes of the "
+                    f"context_length: expected at most {max(len(values) - 1, 0)}, one less than the bytes of the "
                     f"{part} part, got {context_length}: choose a shorter context or give more text"
                 )
         self.train, self.test = train, test
@@ -102,10 +100,10 @@ def text(config: TextConfig, *, seed: int) -> TextWindows:
     """
     paths = config.path if isinstance(config.path, list) else [config.path]
     if not paths:
-        raise ValueError("data.path: expected a text file or a list of text files, got an empty list")
+        raise ValueError("path: expected a text file or a list of text files, got an empty list")
     for path in paths:
         if not path.is_file():
-            raise ValueError(f"data.path: expected a text file, got {path}, which is not one: correct the path")
+            raise ValueError(f"path: expected a text file, got {path}, which is not one: correct the path")
     values = numpy.concatenate([numpy.fromfile(path, dtype=numpy.uint8) for path in paths])
     train, test = _cut(torch.from_numpy(values), config.test_fraction)
     data = TextWindows(train, test, config.context_length, config.test_fraction, seed=seed)

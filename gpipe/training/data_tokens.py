@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pkgutil import resolve_name
 from typing import Protocol
 
 from torch import Tensor
+
+from gpipe.training.factory import FactoryError, resolve
 
 WORD_TOKENIZER = "gpipe.models.tokenizer.WordTokenizer"
 
@@ -41,12 +42,7 @@ def make_tokenizer(path: str, texts: Sequence[str], context_length: int) -> Toke
         ValueError: If there is no such callable.
     """
     try:
-        factory = resolve_name(path)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"data.tokenizer: expected the dotted path of a callable, such as {WORD_TOKENIZER}, got {path!r}: {error}"
-        ) from error
-    if not callable(factory):
-        raise ValueError(f"data.tokenizer: expected a callable, got {path!r}, which is a {type(factory).__name__}")
-    tokenizer: Tokenizer = factory(list(texts), context_length)
+        tokenizer: Tokenizer = resolve(path)(list(texts), context_length)
+    except FactoryError as error:
+        raise ValueError(f"tokenizer: expected a dotted path such as {WORD_TOKENIZER}: {error}") from error
     return tokenizer

@@ -10,11 +10,11 @@ import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NotRequired, Required
 
 from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import to_json
-from typing_extensions import NotRequired, Required, TypedDict
+from typing_extensions import TypedDict
 
 from gpipe.training.problems import close_match, tell
 
@@ -112,7 +112,7 @@ def _adapter(
     for parameter in parameters:
         hint = hints.get(parameter.name, Any)
         required = parameter.default is parameter.empty
-        fields[parameter.name] = Required[hint] if required else NotRequired[hint]  # type: ignore[valid-type]
+        fields[parameter.name] = Required[hint] if required else NotRequired[hint]
     config = ConfigDict(extra=extra, arbitrary_types_allowed=True)
     arguments = TypedDict("arguments", fields)  # type: ignore[misc]
     arguments.__pydantic_config__ = config  # type: ignore[attr-defined]
@@ -121,7 +121,7 @@ def _adapter(
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     """The annotations that pydantic can check; the rest accept anything."""
-    described = function.__init__ if inspect.isclass(function) else function  # type: ignore[misc]
+    described = function.__init__ if inspect.isclass(function) else function
     try:
         hints = typing.get_type_hints(described)
     except Exception:  # a name that exists for type checkers only

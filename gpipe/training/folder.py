@@ -13,7 +13,9 @@ from gpipe.training.reading import dump, read_configuration
 from gpipe.training.saving import write_text
 
 # The bits do not depend on these, so a run may go on with others.
-FREE_KEYS = frozenset({"output", "training.save_every"} | {f"pipeline.{key}" for key in ("stages", "balance", "devices", "checkpoint")})
+FREE_KEYS = frozenset(
+    {"output", "training.save_every"} | {f"pipeline.{key}" for key in ("stages", "balance", "devices", "checkpoint")}
+)
 FREE_SECTIONS = ("logging.",)
 
 
@@ -34,9 +36,10 @@ class RunFolder:
         self.saves = path / "saves"
         self.weights = path / "weights.safetensors"
         self.scores = path / "eval.json"
+        self._claimed = False
 
-    def check(self, configuration: Configuration, source: object, resume: bool) -> None:
-        """Make sure that a run may write here.
+    def check(self, configuration: Configuration, source: object, resume: bool) -> Configuration | None:
+        """Make sure that a run may write here; returns the configuration of the run to resume, if there is one.
 
         Raises:
             ConfigurationError: If something else is here, or a run that this configuration cannot continue.
@@ -46,7 +49,8 @@ class RunFolder:
         except OSError as error:
             raise ConfigurationError(source, [f"output: {self.path} cannot be read: {error}"]) from error
         if not used:
-            return
+            self._create(source)
+            return None
         if not self.configuration.is_file():
             raise ConfigurationError(
                 source, [f"output: {self.path} is in use, but not by gpipe; choose another: --set output=FOLDER"]
@@ -54,15 +58,26 @@ class RunFolder:
         if not resume:
             remedy = "continue it with --resume, or choose another folder: --set output=FOLDER"
             raise ConfigurationError(source, [f"output: {self.path} holds a run already; {remedy}"])
-        if problems := list(_differences(read_configuration(self.configuration), configuration)):
+        before = read_configuration(self.configuration)
+        if problems := list(_differences(before, configuration)):
             raise ConfigurationError(
                 f"{source}: cannot resume {self.path}, which was trained otherwise (set these back, or start a new run "
                 "with --set output=FOLDER)",
                 problems,
             )
+        return before
 
-    def write_configuration(self, configuration: Configuration, source: object) -> None:
-        """Copy the configuration in; from here on the folder belongs to the run."""
+    def _create(self, source: object) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(source, [f"output: {self.path} cannot be created: {error}"]) from error
+
+    def claim(self, configuration: Configuration, source: object) -> None:
+        """Copy the configuration in, once: from here on the folder belongs to the run."""
+        if self._claimed:
+            return
+        self._claimed = True
         write_text(self.configuration, f"# What {source} and --set said, with every default.\n{dump(configuration)}")
 
 

@@ -50,8 +50,8 @@ def _usable_optimizers() -> list[str]:
 def build_optimizer(config: OptimizerConfig, parameters: Iterable[tuple[str, Parameter]]) -> Optimizer:
     """An optimizer over named parameters; frozen ones are left out.
 
-    With ``config.decay_matrices_only``, parameters with fewer than two dimensions have no weight decay: gains, biases and
-    scalars are not what it is to keep small.
+    With ``config.decay_matrices_only``, parameters with fewer than two dimensions have no weight decay: gains, biases
+    and scalars are not what it is to keep small.
 
     Raises:
         FactoryError: If there is nothing to train, or the optimizer refuses arguments or parameters.

@@ -23,9 +23,12 @@ _WORDS = {
     "a valid boolean": "true or false",
     "Value error, ": "",
 }
+_NOT_IN_A_FILE = "wants an object that no file can hold; leave it out, or wrap the callable in one of your own"
 
 
-def tell(error: ValidationError, given: object, allowed: Callable[[Path], Sequence[str]], prefix: str = "") -> list[str]:
+def tell(
+    error: ValidationError, given: object, allowed: Callable[[Path], Sequence[str]], prefix: str = ""
+) -> list[str]:
     """One line for each key at fault.
 
     Args:
@@ -39,8 +42,6 @@ def tell(error: ValidationError, given: object, allowed: Callable[[Path], Sequen
     """
     found: dict[str, list[str]] = {}
     for details in error.errors(include_url=False):
-        if details["type"] == "needs_python_object":  # one branch of a union; no file can meet it
-            continue
         path = _path(details, given)
         key = ".".join(map(str, (*filter(None, [prefix]), *path))) or "the file"
         found.setdefault(key, []).append(_what(details, path, allowed))
@@ -94,7 +95,7 @@ def _path(details: ErrorDetails, given: Any) -> Path:
     location = details["loc"]
     for i, key in enumerate(location):
         is_last = i == len(location) - 1
-        here = isinstance(given, dict) and key in given or isinstance(given, list) and isinstance(key, int)
+        here = key in given if isinstance(given, dict) else isinstance(given, list) and isinstance(key, int)
         if here or (is_last and details["type"] == "missing"):
             path.append(key)
             given = _below(given, key)
@@ -105,6 +106,8 @@ def _path(details: ErrorDetails, given: Any) -> Path:
 
 def _what(details: ErrorDetails, path: Path, allowed: Callable[[Path], Sequence[str]]) -> str:
     kind, value = details["type"], details["input"]
+    if kind == "needs_python_object":
+        return _NOT_IN_A_FILE
     if kind == "missing" or kind == "union_tag_not_found":
         names = allowed(path[:-1]) if kind == "union_tag_not_found" else ()
         return "is required" + (f": one of {', '.join(names)}" if names else "")
@@ -123,6 +126,7 @@ def _what(details: ErrorDetails, path: Path, allowed: Callable[[Path], Sequence[
 
 def _joined(whats: list[str]) -> str:
     """Several findings about one key are the branches of a union: each says what would have done."""
+    whats = [what for what in whats if what != _NOT_IN_A_FILE] or whats
     if len(whats) == 1:
         return whats[0]
     stems = [what.rpartition(", given ")[0] or what for what in whats]

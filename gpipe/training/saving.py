@@ -23,8 +23,8 @@ FORMAT = 1
 class Save(TypedDict):
     """What a run needs to go on to the same bits.
 
-    ``step`` counts the optimizer steps done, ``pipe_step`` the pipe's training forwards; random draws follow from it. What
-    ``written_with`` names may change the bits though the configuration does not.
+    ``step`` counts the optimizer steps done, ``pipe_step`` the pipe's training forwards; random draws follow from it.
+    What ``written_with`` names may change the bits though the configuration does not.
     """
 
     format: int
@@ -46,7 +46,10 @@ def replacing(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        beside.touch()
+        mode = beside.stat().st_mode  # what the user's umask says; some libraries have ideas of their own
         yield beside
+        beside.chmod(mode)
         _sync(beside)
         os.replace(beside, path)
         _sync(path.parent)
@@ -180,7 +183,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError:
         raise RunError(f"there is no {path}") from None
     except (OSError, SafetensorError) as error:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from gpipe.loss import checked_loss
 from gpipe.rng import cell_seed
 from gpipe.training.build import Job, loss_state
 from gpipe.training.errors import RunError
@@ -26,13 +28,6 @@ class StepResult(NamedTuple):
 class NonFiniteError(RunError):
     """The loss or the weights are no longer numbers."""
 
-    def __init__(self, step: int, what: str) -> None:
-        super().__init__(
-            f"step {step}: {what}. Training the same way again would end the same way: start a new run with a lower "
-            "optimizer.lr, a longer training.schedule.warmup_steps or training.clip_gradient_norm (1.0, say), or look for "
-            "values in the data that are not finite."
-        )
-
 
 class Trainer:
     """Trains a job step by step.
@@ -45,7 +40,6 @@ class Trainer:
         self.step = 0
         self._job = job
         self._training = job.configuration.training
-        self._seed = self._training.seed
         self._clamp = getattr(job.loss, "clamp_", None)
         self._parameters = [p for group in job.optimizer.param_groups for p in group["params"]]
         job.pipe.train()
@@ -66,7 +60,7 @@ class Trainer:
         loss = self._forward()
         value = float(loss.item())
         if not math.isfinite(value):
-            raise NonFiniteError(self.step + 1, f"the loss is {value}")
+            raise NonFiniteError(f"step {self.step + 1}: the loss is {value}")
         loss.backward()  # type: ignore[no-untyped-call]
         if self._training.clip_gradient_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, self._training.clip_gradient_norm)
@@ -78,17 +72,18 @@ class Trainer:
 
     def _forward(self) -> Tensor:
         pipe = self._job.pipe
-        first, last = pipe.devices[0], pipe.devices[-1]
         inputs, targets = self._job.data.batch(self.step, self._training.batch_size)
+        last = pipe.devices[-1]
+        targets = tree_map_only(Tensor, partial(Tensor.to, device=last), targets)
         # Cells draw by (seed, step, micro-batch, cell); the loss draws as if it were one cell more.
-        torch.manual_seed(cell_seed(self._seed, self.step, 0, len(pipe)))
+        torch.manual_seed(cell_seed(self._training.seed, self.step, 0, len(pipe)))
         low = self._training.precision == "bfloat16"
         with torch.autocast(last.type, dtype=torch.bfloat16, enabled=low):
-            loss = self._job.loss(pipe(_moved(inputs, first)), _moved(targets, last))
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"type {type(loss).__name__}"
-            raise RunError(f"the loss gave a value of {what}; expected a tensor with one element")
-        return loss
+            loss = self._job.loss(pipe(inputs), targets)
+        try:
+            return checked_loss(loss)
+        except (TypeError, ValueError) as error:
+            raise RunError(f"loss.factory: {error}") from error
 
     def save(self) -> Save:
         """All that `load` needs.
@@ -108,7 +103,7 @@ class Trainer:
         )
         for name, weight in (save["model"] | save["loss"]).items():
             if isinstance(weight, Tensor) and weight.is_floating_point() and not weight.isfinite().all():
-                raise NonFiniteError(self.step, f"the weights of {name} are no longer all finite")
+                raise NonFiniteError(f"step {self.step}: the weights {name} are no longer all finite")
         return save
 
     def load(self, save: Save) -> None:
@@ -124,7 +119,9 @@ class Trainer:
                 job.loss.load_state_dict(save["loss"])
             job.optimizer.load_state_dict(save["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
-            raise RunError(f"the save of step {save['step']} does not fit what the factories build now: {error}") from error
+            raise RunError(
+                f"the save of step {save['step']} does not fit what the factories build now: {error}"
+            ) from error
         job.pipe.step = save["pipe_step"]
         self.step = save["step"]
 
@@ -132,7 +129,3 @@ class Trainer:
 def written_with(job: Job) -> dict[str, str]:
     """What may change the bits though the configuration does not."""
     return {"torch": str(torch.__version__), "device": job.pipe.devices[-1].type}
-
-
-def _moved(tree: Any, device: torch.device) -> Any:
-    return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), tree)

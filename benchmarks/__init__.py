@@ -1,0 +1,1 @@
+"""One script per question, one shared harness; `python -m benchmarks` lists them."""

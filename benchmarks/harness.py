@@ -1,0 +1,135 @@
+"""Interleaved timing: contenders take turns, disturbed samples are set aside, medians are quoted."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+DISTURBED = 0.06  # share of the machine's time that other processes took during a sample
+
+
+@dataclass
+class Samples:
+    """Seconds of one contender's runs, and for each the share of the machine that other processes took."""
+
+    seconds: list[float] = field(default_factory=list)
+    foreign: list[float] = field(default_factory=list)
+
+    @property
+    def clean(self) -> list[float]:
+        """The undisturbed samples, or all of them if none is."""
+        return [s for s, f in zip(self.seconds, self.foreign, strict=True) if f < DISTURBED] or self.seconds
+
+    @property
+    def median(self) -> float:
+        """Median of the undisturbed samples, in seconds."""
+        return statistics.median(self.clean)
+
+
+def interleave(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Samples]:
+    """Run every contender once a round, in alternating order, after a round of warm-up.
+
+    Args:
+        contenders: Per name a function that runs once and gives its seconds.
+        rounds: Counted rounds.
+    """
+    samples = {name: Samples() for name in contenders}
+    names = list(contenders)
+    for r in range(rounds + 1):
+        for name in names if r % 2 else reversed(names):
+            before, start = _busy(), time.perf_counter()
+            own = _own()
+            seconds = contenders[name]()
+            wall = time.perf_counter() - start
+            foreign = max(0.0, _busy() - before - (_own() - own)) / wall / (os.cpu_count() or 1)
+            if r:
+                samples[name].seconds.append(seconds)
+                samples[name].foreign.append(foreign)
+    return samples
+
+
+def timed(run: Callable[[], Any]) -> Callable[[], float]:
+    """``run`` as a contender timed from outside."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    return once
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        model = next((x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if "model name" in x), model)
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.system(),
+    }
+
+
+def report(name: str, title: str, columns: list[str], rows: list[list[str]], samples: Mapping[str, Samples]) -> None:
+    """Print a table, and save it with the machine and every sample under ``benchmarks/results``."""
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=140).print(table)
+    RESULTS.mkdir(exist_ok=True)
+    lines = [f"# {title}", "", f"`python -m benchmarks.{name}`; " + ", ".join(f"{k} {v}" for k, v in machine().items())]
+    lines += ["", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
+    record = {
+        "title": title,
+        "machine": machine(),
+        "columns": columns,
+        "rows": rows,
+        "samples": {k: {"seconds": s.seconds, "foreign": s.foreign} for k, s in samples.items()},
+    }
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _busy() -> float:
+    """Seconds all processors were busy since boot, stolen time included; 0 where the system does not say."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    user, nice, system, _, _, irq, softirq, steal = (int(v) for v in stat.read_text().split("\n")[0].split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / float(os.sysconf("SC_CLK_TCK"))
+
+
+_children: list[int] = []
+
+
+def own_process(pid: int) -> None:
+    """Count a child process's time as the benchmark's own."""
+    _children.append(pid)
+
+
+def _own() -> float:
+    times = os.times()
+    total = times.user + times.system
+    for pid in _children:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / float(os.sysconf("SC_CLK_TCK"))
+    return total

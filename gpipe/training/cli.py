@@ -1,0 +1,109 @@
+"""The command line: ``gpipe train`` and ``gpipe eval``."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import gpipe
+from gpipe.training.build import make_plan
+from gpipe.training.errors import UserError
+from gpipe.training.logs import tell
+from gpipe.training.loop import train as train_plan
+from gpipe.training.reading import read_configuration
+from gpipe.training.scoring import Scores, score
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Exact pipeline-parallel training from a YAML file.",
+)
+
+
+def main() -> None:
+    """The console script ``gpipe``."""
+    app(prog_name="gpipe")
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"gpipe {gpipe.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="The configuration.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. pipeline.stages=4. May be repeated."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in the output folder, to the same bits.")
+    ] = False,
+) -> None:
+    """Train what FILE.yaml describes and write everything to its output folder."""
+    with _told():
+        plan = make_plan(read_configuration(file, overrides or []), file)
+        train_plan(plan, Console(), resume=resume, resume_command=_resume_command(file, overrides or []))
+
+
+@app.command(name="eval")
+def evaluate_run(
+    folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="The output folder of gpipe train.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows evaluated at a time.")] = 256,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="PATH", help="Where to write the scores.  [default: RUN_FOLDER/eval.json]"),
+    ] = None,
+) -> None:
+    """Evaluate the weights of a finished run."""
+    with _told():
+        console = Console()
+        scores, written = score(folder, batch_size=batch_size, json_file=json_file)
+        console.print(_table(scores))
+        tell(console, f"written to {written}")
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Tell a user's error in a few words on the error stream, and leave with its exit code."""
+    errors = Console(stderr=True)
+    try:
+        yield
+    except UserError as error:
+        tell(errors, str(error))
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        tell(errors, "stopped at once; what was saved before stays")
+        raise typer.Exit(130) from None
+
+
+def _resume_command(file: Path, overrides: Sequence[str]) -> str:
+    options = [word for override in overrides for word in ("--set", override)]
+    return shlex.join(["gpipe", "train", str(file), *options, "--resume"])
+
+
+def _table(scores: Scores) -> Table:
+    table = Table("task", "measure")
+    table.add_column("score", justify="right")
+    for task, measures in scores.items():
+        for i, (measure, value) in enumerate(measures.items()):
+            table.add_row(task if i == 0 else "", measure, _number(value), end_section=i == len(measures) - 1)
+    return table
+
+
+def _number(value: float) -> str:
+    """A share with four decimals, a count with none."""
+    return f"{value:.0f}" if value > 1 and value.is_integer() else f"{value:.4f}"

@@ -1,0 +1,155 @@
+"""How good a trained model is, by the measures that its data set allows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gpipe.training.data import Data
+from gpipe.training.data_captions import CaptionedImages
+from gpipe.training.data_images import Images
+from gpipe.training.data_labelled import LabelledImages
+from gpipe.training.data_text import TextWindows
+from gpipe.training.data_tokens import Tokenizer
+from gpipe.training.features import encode_images, encode_texts, evaluating
+from gpipe.training.linear_probe import Labelled, linear_probe
+from gpipe.training.retrieval import retrieval
+from gpipe.training.zero_shot import accuracy, class_features, classify
+
+PIXELS = 1_000_000  # numbers in the training images up to which raw pixels are probed for comparison
+
+Results = dict[str, dict[str, float]]
+
+
+def evaluate(model: nn.Module, data: Data, *, batch_size: int = 256) -> Results:
+    """Judge a model on the held-out part of its data: the test part, or the validation part if the data say so.
+
+    The model is in eval mode meanwhile and as it was afterwards. What is measured:
+
+    - labelled images, contrastive: ``zero_shot`` with the first caption template (``accuracy``) and with the ensemble
+      of all (``ensemble_accuracy``), the same for the data set's own groups of images (``zero_shot_unseen_pairs`` and
+      ``zero_shot_seen_pairs`` of the coloured digits, always choosing among all classes), ``text_to_image`` and
+      ``image_to_text`` retrieval between the test images and the first template's captions, ``linear_probe`` on the
+      image features, and for small images ``raw_pixels``, the same probe on the pixels, to compare with;
+    - images with captions: retrieval in both directions;
+    - labelled images, classification: ``classification`` accuracy;
+    - text: ``language_model``, the mean loss per byte in nats and in bits.
+
+    Args:
+        model: The model itself, not a pipe around it. Contrastive data ask for ``encode_image`` and ``encode_text``;
+            classification for logits (B, classes); text for logits (B, T, 256).
+        data: What `gpipe.training.data.build_data` gave.
+        batch_size: Rows that go through the model at once.
+
+    Returns:
+        For every measure its numbers by name. Accuracies and recalls are shares, from 0 to 1.
+
+    Raises:
+        ValueError: If the model does not fit the data, or its features are not finite.
+        TypeError: If the data set is of a kind that evaluation does not know.
+    """
+    if isinstance(data, LabelledImages) and data.task == "classification":
+        return _classification(model, data, batch_size)
+    if isinstance(data, LabelledImages):
+        return _labelled(model, data, batch_size)
+    if isinstance(data, CaptionedImages):
+        images = encode_images(model, data.test_images, batch_size=batch_size)
+        return _retrieval(model, data, images, batch_size)
+    if isinstance(data, TextWindows):
+        return _text(model, data, batch_size)
+    raise TypeError(f"expected data from gpipe.training.data.build_data, got {type(data).__name__}")
+
+
+def _labelled(model: nn.Module, data: LabelledImages, batch_size: int) -> Results:
+    images = encode_images(model, data.test_images, batch_size=batch_size)
+    return {
+        **_zero_shot(model, data, images, batch_size),
+        **_retrieval(model, data, images, batch_size),
+        **_probes(model, data, images, batch_size),
+    }
+
+
+def _zero_shot(model: nn.Module, data: LabelledImages, images: Tensor, batch_size: int) -> Results:
+    tokenizer = cast(Tokenizer, data.tokenizer)
+    texts = [template.replace("{}", name) for name in data.classes for template in data.templates]
+    captions = encode_texts(model, tokenizer, texts, batch_size=batch_size)
+    captions = captions.view(len(data.classes), len(data.templates), -1)  # (C, P, E)
+    one = classify(images, class_features(captions[:, :1]))
+    ensemble = classify(images, class_features(captions))
+    groups = {"": torch.ones_like(one, dtype=torch.bool), **{f"_{name}": g for name, g in data.groups.items()}}
+    return {
+        f"zero_shot{name}": {
+            "accuracy": accuracy(one[rows], data.test_labels[rows]),
+            "ensemble_accuracy": accuracy(ensemble[rows], data.test_labels[rows]),
+            "images": float(rows.sum()),
+        }
+        for name, rows in groups.items()
+    }
+
+
+def _retrieval(model: nn.Module, data: LabelledImages | CaptionedImages, images: Tensor, batch_size: int) -> Results:
+    texts = encode_texts(model, cast(Tokenizer, data.tokenizer), data.captions, batch_size=batch_size)
+    return retrieval(images, texts, data.matches)
+
+
+def _probes(model: nn.Module, data: LabelledImages, test: Tensor, batch_size: int) -> Results:
+    """The probe on the model's features and, where that is cheap, on the pixels."""
+
+    def features(images: Images) -> Tensor:
+        return encode_images(model, images, batch_size=batch_size)
+
+    def pixels(images: Images) -> Tensor:
+        return images[torch.arange(len(images))]
+
+    division = data.validation()
+    train_labels, test_labels = data.probe_labels()
+    fit_labels, choose_labels = division.probe_labels()
+
+    def probe(of: Any, test: Tensor) -> dict[str, float]:
+        fit: Labelled = of(division.train_images), fit_labels
+        choose: Labelled = of(division.test_images), choose_labels
+        return linear_probe((of(data.train_images), train_labels), (test, test_labels), (fit, choose))
+
+    results = {"linear_probe": probe(features, test)}
+    if data.rows * data.train_images[torch.tensor([0])].numel() <= PIXELS:
+        results["raw_pixels"] = probe(pixels, pixels(data.test_images))
+    return results
+
+
+def _classification(model: nn.Module, data: LabelledImages, batch_size: int) -> Results:
+    images, labels = data.test_images, data.test_labels
+    with evaluating(model) as device:
+        chunks = torch.split(torch.arange(len(images)), batch_size)
+        logits = torch.cat([model(images[rows].to(device)).float().cpu() for rows in chunks])
+    _check_logits(logits, (len(labels), len(data.classes)))
+    return {"classification": {"accuracy": accuracy(logits.argmax(dim=1), labels), "images": float(len(labels))}}
+
+
+def _text(model: nn.Module, data: TextWindows, batch_size: int) -> Results:
+    total, values = 0.0, 0
+    with evaluating(model) as device:
+        for rows in torch.split(torch.arange(data.test_rows), batch_size):
+            inputs, targets = data.test_batch(rows)
+            logits = model(inputs.to(device)).float().cpu()
+            _check_logits(logits, (*targets.shape, data.vocabulary_size))
+            loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            total, values = total + loss.item(), values + targets.numel()
+    nats = total / values
+    return {"language_model": {"nats_per_byte": nats, "bits_per_byte": nats / math.log(2), "bytes": float(values)}}
+
+
+def _check_logits(logits: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(logits.shape) != shape:
+        raise ValueError(
+            f"expected logits of shape {shape} from the model, got {tuple(logits.shape)}: "
+            "give the model as many outputs as the data set has classes"
+        )
+    if not logits.isfinite().all():
+        raise ValueError(
+            "expected finite logits, got NaN or infinity: the training has diverged; lower the learning rate, "
+            "or evaluate weights saved earlier"
+        )

@@ -1,0 +1,141 @@
+"""What a run shows on the way: a progress bar or plain lines, and scalars for TensorBoard."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from gpipe.training.errors import RunError
+from gpipe.training.trainer import StepResult
+
+_MEBIBYTE = 2**20
+
+
+class Logs:
+    """Tells of a run's steps; a context, within which the bar is drawn and TensorBoard's file is open.
+
+    Args:
+        folder: Where TensorBoard's files go.
+        console: Where bar and lines go.
+        steps: All steps of the run.
+        start: Steps done before; what TensorBoard has of later ones is from a run that was cut off, and is hidden.
+        every: Steps between two points or lines.
+        batch_size: Rows of a step.
+    """
+
+    def __init__(self, folder: Path, console: Console, *, steps: int, start: int, every: int, batch_size: int) -> None:
+        self._console = console
+        self._steps, self._every, self._batch_size = steps, every, batch_size
+        self._folder = folder
+        self._writer: SummaryWriter | None = None
+        self._began, self._start = time.monotonic(), start
+        self._last_time, self._last_step = self._began, start
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:.0f} samples/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=steps, completed=start, loss=float("nan"), speed=0.0)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        if self._writer is None:
+            return
+        with self._writing() if error is None else suppress(OSError):
+            self._writer.close()
+
+    def tell(self, message: str) -> None:
+        """Print a line above the bar."""
+        tell(self._console, message)
+
+    def flush(self) -> None:
+        """Have the disk hold all points so far."""
+        with self._writing():
+            if self._writer is not None:
+                self._writer.flush()
+
+    def after(self, step: int, result: StepResult, busy: Sequence[float], devices: Iterable[torch.device]) -> None:
+        """Tell of a step.
+
+        Args:
+            step: Steps done, this one included.
+            result: What it gave.
+            busy: Each stage's share of the time it spent computing.
+            devices: Of the stages.
+        """
+        due = step % self._every == 0 or step == self._steps
+        if due:
+            now = time.monotonic()
+            speed = (step - self._last_step) * self._batch_size / max(now - self._last_time, 1e-9)
+            self._last_time, self._last_step = now, step
+            self._write(step, result, speed, busy, devices)
+            self._progress.update(self._task, speed=speed)
+            if not self._console.is_terminal:
+                self.tell(self._line(step, result, speed))
+        self._progress.update(self._task, completed=step, loss=result.loss)
+
+    def _write(
+        self, step: int, result: StepResult, speed: float, busy: Sequence[float], devices: Iterable[torch.device]
+    ) -> None:
+        scalars = {"loss": result.loss, "learning_rate": result.learning_rate, "samples_per_second": speed}
+        scalars |= {f"busy/stage_{stage}": share for stage, share in enumerate(busy)}
+        scalars |= {f"peak_memory_mebibytes/{place}": size / _MEBIBYTE for place, size in peak_memory(devices).items()}
+        with self._writing():
+            if self._writer is None:  # not before there is something to write: a failed first step leaves no file
+                self._writer = SummaryWriter(str(self._folder), purge_step=self._start + 1, flush_secs=10)
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, step)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(f"TensorBoard's file in {self._folder} cannot be written: {error}") from error
+
+    def _line(self, step: int, result: StepResult, speed: float) -> str:
+        pace = (time.monotonic() - self._began) / max(1, step - self._start)
+        left = timedelta(seconds=round((self._steps - step) * pace))
+        return (
+            f"step {step}/{self._steps}  loss {result.loss:.4f}  learning rate {result.learning_rate:.3g}  "
+            f"{speed:.0f} samples/s  {left} left"
+        )
+
+
+def tell(console: Console, message: str) -> None:
+    """Print a line as it is: no markup, no colours for numbers, no line breaks of our own."""
+    console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def peak_memory(devices: Iterable[torch.device]) -> dict[str, int]:
+    """The most bytes held so far: by the process, and on each accelerator among ``devices``."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peaks = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    for device in devices:
+        if device.type != "cpu":
+            peaks[str(device).replace(":", "_")] = torch.accelerator.max_memory_allocated(device)
+    return peaks

@@ -1,0 +1,125 @@
+"""The training loop: steps, saves, and an end in good order."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from gpipe.training.build import Job, Plan, build, loss_state
+from gpipe.training.config import Configuration, DecaySchedule
+from gpipe.training.errors import Interrupted, RunError
+from gpipe.training.folder import RunFolder
+from gpipe.training.logs import Logs, tell
+from gpipe.training.saving import newest_save, write_save, write_weights
+from gpipe.training.signals import StopRequest
+from gpipe.training.trainer import NonFiniteError, StepResult, Trainer, written_with
+
+
+def train(
+    plan: Plan, console: Console, *, resume: bool = False, resume_command: str = "the same command with --resume"
+) -> Path:
+    """Train what a plan describes; return the file of the weights.
+
+    Args:
+        plan: From `make_plan`.
+        console: Where progress goes.
+        resume: Go on with the run in the output folder, if there is one.
+        resume_command: What to type to go on with this run, for messages.
+
+    Raises:
+        ConfigurationError: If the parts do not fit together, or the output folder is another run's.
+        RunError: If the run cannot go on; the newest save is good.
+        Interrupted: If a signal asked to stop, after a save.
+    """
+    folder = RunFolder(plan.configuration.output)
+    before = folder.check(plan.configuration, plan.source, resume)
+    job = build(plan)
+    trainer = Trainer(job)
+    if resume:
+        _resume(plan, job, trainer, before, partial(tell, console))
+    began, start = time.monotonic(), trainer.step
+    try:
+        result = _run(plan, job, trainer, folder, console, resume_command)
+    except NonFiniteError as error:
+        raise _advised(error, folder) from error
+    write_weights(folder.weights, {**job.pipe.state_dict(), **loss_state(job.loss)})
+    _report(console, folder, trainer.step - start, time.monotonic() - began, result)
+    return folder.weights
+
+
+def _resume(plan: Plan, job: Job, trainer: Trainer, before: Configuration | None, say: Callable[[str], None]) -> None:
+    """Bring the trainer to where the run in the output folder was, and say what is not as it was."""
+    folder = RunFolder(plan.configuration.output)
+    save = newest_save(folder.saves, warn=lambda message: say(f"warning: {message}"))
+    if save is None or before is None:
+        say(f"{folder.path} holds no save to resume: starting at step 0")
+        return
+    trainer.load(save)
+    say(f"resuming {folder.path} at step {trainer.step}")
+    for thing, now in written_with(job).items():
+        if (then := save["written_with"].get(thing)) != now:
+            say(f"warning: {thing} is {now} now and was {then}: the last bits of the results may differ")
+    training = plan.configuration.training
+    decays_to_the_end = isinstance(training.schedule, DecaySchedule) and training.schedule.decay_steps is None
+    if decays_to_the_end and training.steps != before.training.steps:
+        say(
+            f"warning: training.steps was {before.training.steps} and is {training.steps}: the learning rate goes on "
+            "as in the longer run, which would have had others up to here"
+        )
+
+
+def _run(
+    plan: Plan, job: Job, trainer: Trainer, folder: RunFolder, console: Console, resume_command: str
+) -> StepResult | None:
+    """All steps that are left; returns what the last one gave."""
+    training = plan.configuration.training
+    result = None
+    logs = Logs(
+        folder.path,
+        console,
+        steps=training.steps,
+        start=trainer.step,
+        every=plan.configuration.logging.every,
+        batch_size=training.batch_size,
+    )
+    stopped_by = None
+    with StopRequest() as stop, logs:
+        while trainer.step < training.steps and stopped_by is None:
+            result = trainer.train_step()
+            folder.claim(plan.configuration, plan.source)  # after a step: what fails at the first leaves no run behind
+            logs.after(trainer.step, result, job.pipe.timeline.busy, job.pipe.devices)
+            stopped_by = stop.received  # looked at once, for it may change at any moment
+            if stopped_by or trainer.step % training.save_every == 0 or trainer.step == training.steps:
+                write_save(folder.saves, trainer.save())
+                logs.flush()
+    if stopped_by is not None and trainer.step < training.steps:
+        done = f"{stopped_by.name}: saved and stopped after step {trainer.step} of {training.steps}"
+        raise Interrupted(f"{done}. To go on: {resume_command}", stopped_by)
+    return result
+
+
+def _advised(error: NonFiniteError, folder: RunFolder) -> RunError:
+    newest = max(folder.saves.glob("step-*.pt"), default=None)
+    kept = f"the newest save, {newest}, is from before" if newest else "there is no save yet"
+    return RunError(
+        f"{error}; {kept}. Resuming would end the same way. Start a new run with a lower optimizer.lr, a longer "
+        "training.schedule.warmup_steps or training.clip_gradient_norm (1.0, say), or look for values in the data "
+        "that are not finite."
+    )
+
+
+def _report(console: Console, folder: RunFolder, steps: int, seconds: float, result: StepResult | None) -> None:
+    where = shlex.quote(str(folder.path))
+    if result is None:
+        tell(console, "all steps were done already")
+    else:
+        tell(console, f"trained {steps} steps in {timedelta(seconds=round(seconds))}; loss {result.loss:.4f}")
+    tell(console, f"weights   {folder.weights}")
+    tell(console, f"scalars   tensorboard --logdir {where}")
+    tell(console, f"evaluate  gpipe eval {where}")

@@ -1,0 +1,61 @@
+"""``gpipe eval``: the weights of a finished run, and how they do on the data kept out of training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from gpipe.training.build import build_loss, build_model, build_run_data, loss_state, make_plan
+from gpipe.training.errors import ConfigurationError, RunError
+from gpipe.training.evaluate import evaluate
+from gpipe.training.folder import RunFolder
+from gpipe.training.reading import read_configuration
+from gpipe.training.saving import read_weights, write_text
+
+Scores = dict[str, dict[str, float]]
+
+
+def score(path: Path, *, batch_size: int = 256, json_file: Path | None = None) -> tuple[Scores, Path]:
+    """Evaluate the run in a folder and write its scores beside its weights.
+
+    Args:
+        path: The output folder of ``gpipe train``.
+        batch_size: Rows evaluated at a time.
+        json_file: Where to write the scores; ``eval.json`` in the folder when not given.
+
+    Returns:
+        the scores by task and measure, and the file they were written to.
+
+    Raises:
+        ConfigurationError: If the folder is no run's, or its configuration cannot be built here.
+        RunError: If there are no weights, they do not fit, or the data cannot be evaluated.
+    """
+    folder = RunFolder(path)
+    if not folder.configuration.is_file():
+        what = "is no output folder of gpipe train: it has no config.yaml" if path.is_dir() else "is no folder"
+        raise ConfigurationError(path, [what])
+    if not folder.weights.is_file():
+        raise RunError(
+            f"{folder.path} has no weights.safetensors: the run is not finished; go on with gpipe train --resume"
+        )
+    plan = make_plan(read_configuration(folder.configuration), folder.configuration)
+    model, loss = build_model(plan), build_loss(plan)
+    _load(model, set(loss_state(loss)), read_weights(folder.weights), folder.weights)
+    try:
+        scores = evaluate(model, build_run_data(plan), batch_size=batch_size)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise RunError(f"{path} cannot be evaluated: {error}") from error
+    target = json_file or folder.scores
+    write_text(target, json.dumps(scores, indent=2) + "\n")
+    return scores, target
+
+
+def _load(model: nn.Module, loss_names: set[str], weights: dict[str, Tensor], file: Path) -> None:
+    """Load strictly: every weight of the model, and none besides but the loss's own."""
+    own = {name: weight for name, weight in weights.items() if name not in loss_names}
+    try:
+        model.load_state_dict(own)
+    except RuntimeError as error:
+        raise RunError(f"{file} does not fit the model of its config.yaml: {error}") from error

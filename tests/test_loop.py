@@ -1,0 +1,354 @@
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import tiny_run
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+
+from gpipe.models.contrastive import ContrastiveLoss
+from gpipe.training.errors import ConfigurationError, Interrupted, RunError
+from gpipe.training.saving import read_weights
+
+MODULE = "users_own_module"
+OWN_LOSS = {"factory": f"{MODULE}.build"}
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> Callable[[object], dict[str, str]]:
+    """Make a factory of a test's own reachable by a dotted path; gives the section of the file."""
+
+    def install(build: object) -> dict[str, str]:
+        module = ModuleType(MODULE)
+        module.build = build  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, MODULE, module)
+        return OWN_LOSS
+
+    return install
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "weights.safetensors").read_bytes()
+
+
+def at_call(number: int, then: Callable[[], object]) -> Callable[[], nn.Module]:
+    """A contrastive loss that does something else besides, on one of its calls."""
+
+    class Loss(ContrastiveLoss):
+        calls = 0
+
+        def forward(self, outputs: tuple[Tensor, Tensor], targets: object = None) -> Tensor:
+            self.calls += 1
+            loss = super().forward(outputs, targets)
+            extra = then() if self.calls == number else None
+            return loss * extra if isinstance(extra, Tensor) else loss
+
+    return Loss
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    tiny_run.run(tiny_run.write(folder))
+    return weights(folder / "run")
+
+
+def test_what_a_run_leaves(tmp_path: Path) -> None:
+    printed = tiny_run.run(tiny_run.write(tmp_path))
+    folder = tmp_path / "run"
+    names = {path.name for path in folder.iterdir() if not path.name.startswith("events.out")}
+    assert names == {"config.yaml", "saves", "weights.safetensors"}
+    assert [path.name for path in sorted((folder / "saves").iterdir())] == ["step-000000008.pt", "step-000000012.pt"]
+    found = read_weights(folder / "weights.safetensors")
+    assert "logit_scale" in found
+    assert "visual.conv1.weight" in found
+    lines = printed.splitlines()
+    assert [line.split()[1] for line in lines[:4]] == ["3/12", "6/12", "9/12", "12/12"]
+    assert "samples/s" in lines[0]
+    assert "left" in lines[0]
+    assert f"weights   {folder / 'weights.safetensors'}" in lines
+    assert f"evaluate  gpipe eval {folder}" in lines
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["pipeline.stages=1"],
+        ["pipeline.stages=4", "pipeline.checkpoint=always"],
+        ["pipeline.balance=[1, 6]", "pipeline.checkpoint=never"],
+        ["pipeline.stages=3", "pipeline.devices=cpu", "logging.every=1", "training.save_every=1"],
+    ],
+)
+def test_stages_change_no_bit(tmp_path: Path, uninterrupted: bytes, overrides: list[str]) -> None:
+    tiny_run.run(tiny_run.write(tmp_path), *overrides)
+    assert weights(tmp_path / "run") == uninterrupted
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["training.seed=6", "pipeline.chunks=2", "training.clip_gradient_norm=0.1", "training.precision=bfloat16"],
+)
+def test_settings_that_do_change_bits(tmp_path: Path, uninterrupted: bytes, override: str) -> None:
+    tiny_run.run(tiny_run.write(tmp_path), override)
+    assert weights(tmp_path / "run") != uninterrupted
+    assert all(w.dtype == torch.float32 for w in read_weights(tmp_path / "run" / "weights.safetensors").values())
+
+
+def test_low_precision_is_the_same_for_every_number_of_stages(tmp_path: Path) -> None:
+    for name, stages in (("a", 1), ("b", 4)):
+        output = f"output={tmp_path / name}"
+        tiny_run.run(tiny_run.write(tmp_path), "training.precision=bfloat16", f"pipeline.stages={stages}", output)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+def test_what_the_callers_generator_did_before_is_no_matter(tmp_path: Path, uninterrupted: bytes) -> None:
+    torch.manual_seed(99)
+    torch.rand(3)
+    tiny_run.run(tiny_run.write(tmp_path))
+    assert weights(tmp_path / "run") == uninterrupted
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_resuming_gives_the_same_bits(
+    tmp_path: Path, own: Callable[[object], dict[str, str]], uninterrupted: bytes, number: signal.Signals
+) -> None:
+    file = tiny_run.write(tmp_path, loss=own(at_call(5, lambda: signal.raise_signal(number))))
+    with pytest.raises(Interrupted, match=rf"^{number.name}: saved and stopped after step 5 of 12. To go on: ") as stop:
+        tiny_run.run(file)
+    assert stop.value.exit_code == 128 + number
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    assert not (tmp_path / "run" / "weights.safetensors").exists()
+    own(ContrastiveLoss)
+    printed = tiny_run.run(file, "pipeline.stages=3", "pipeline.checkpoint=never", "logging.every=1", resume=True)
+    assert f"resuming {tmp_path / 'run'} at step 5" in printed
+    assert "warning" not in printed
+    assert weights(tmp_path / "run") == uninterrupted
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path, own: Callable[[object], dict[str, str]]) -> None:
+    def twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    file = tiny_run.write(tmp_path, loss=own(at_call(2, twice)))
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        tiny_run.run(file)
+    assert not (tmp_path / "run" / "saves").exists()
+
+
+def test_a_loss_that_draws_resumes_to_the_same_bits(tmp_path: Path, own: Callable[[object], dict[str, str]]) -> None:
+    class Noisy(ContrastiveLoss):
+        def forward(self, outputs: tuple[Tensor, Tensor], targets: object = None) -> Tensor:
+            return super().forward(outputs, targets) * torch.rand(())
+
+    file = tiny_run.write(tmp_path, loss=own(Noisy))
+    constant = "training.schedule={name: constant}"
+    tiny_run.run(file, constant, "training.steps=4")
+    tiny_run.run(file, constant, "training.steps=8", resume=True)
+    tiny_run.run(file, constant, "training.steps=8", f"output={tmp_path / 'whole'}")
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+def test_a_damaged_save_costs_only_time(tmp_path: Path, uninterrupted: bytes) -> None:
+    file = tiny_run.write(tmp_path)
+    tiny_run.run(file)
+    newest = tmp_path / "run" / "saves" / "step-000000012.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    (tmp_path / "run" / "weights.safetensors").unlink()
+    printed = tiny_run.run(file, resume=True)
+    assert f"warning: {newest} is damaged" in printed
+    assert "at step 8" in printed
+    assert weights(tmp_path / "run") == uninterrupted
+
+
+def test_resuming_a_finished_run(tmp_path: Path, uninterrupted: bytes) -> None:
+    file = tiny_run.write(tmp_path)
+    tiny_run.run(file)
+    (tmp_path / "run" / "weights.safetensors").unlink()
+    assert "all steps were done already" in tiny_run.run(file, resume=True)
+    assert weights(tmp_path / "run") == uninterrupted
+
+
+def test_resuming_nothing_starts(tmp_path: Path, uninterrupted: bytes) -> None:
+    assert "holds no save to resume: starting at step 0" in tiny_run.run(tiny_run.write(tmp_path), resume=True)
+    assert weights(tmp_path / "run") == uninterrupted
+
+
+def test_steps_may_grow(tmp_path: Path) -> None:
+    file = tiny_run.write(tmp_path)
+    tiny_run.run(file, "training.steps=5")
+    printed = tiny_run.run(file, resume=True)
+    assert "warning: training.steps was 5 and is 12: the learning rate" in printed
+    with pytest.raises(ConfigurationError, match=r"training.steps: may grow but not shrink: 12 in the run, 5 now"):
+        tiny_run.run(file, "training.steps=5", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("optimizer.lr=1", "optimizer.lr: 0.01 in the run, 1 now"),
+        ("pipeline.chunks=1", "pipeline.chunks: 3 in the run, 1 now"),
+        ("pipeline.threads=2", "pipeline.threads: 1 in the run, 2 now"),
+        ("optimizer.eps=1", "optimizer.eps: null in the run, 1 now"),
+        ("model.arguments.dropout=0.0", "model.arguments.dropout: 0.1 in the run, 0.0 now"),
+        ("data.augment=", "data.augment: null in the run"),
+    ],
+)
+def test_resuming_with_other_bits_is_refused(tmp_path: Path, override: str, told: str) -> None:
+    file = tiny_run.write(tmp_path)
+    tiny_run.run(file, "training.steps=1")
+    with pytest.raises(ConfigurationError, match=r"cannot resume .*run, which was trained otherwise") as caught:
+        tiny_run.run(file, "training.steps=1", override, resume=True)
+    if override.startswith("data"):
+        told = "data.augment.degrees: 15.0 in the run, null now"
+    assert told in str(caught.value)
+
+
+def test_another_run_is_not_overwritten(tmp_path: Path) -> None:
+    file = tiny_run.write(tmp_path)
+    tiny_run.run(file, "training.steps=1")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(ConfigurationError, match=r"output: .*run holds a run already; continue it with --resume"):
+        tiny_run.run(file)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, resume: bool) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigurationError, match=r"output: .*run is in use, but not by gpipe; choose another"):
+        tiny_run.run(tiny_run.write(tmp_path), resume=resume)
+    assert len(list((tmp_path / "run").iterdir())) == 1
+
+
+def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match=r"output: .*file/run cannot be "):
+        tiny_run.run(tiny_run.write(tmp_path), f"output={tmp_path / 'file' / 'run'}")
+
+
+def test_what_fails_at_the_first_step_leaves_no_run(tmp_path: Path) -> None:
+    file = tiny_run.write(tmp_path)
+    with pytest.raises(ValueError, match=r"image"):
+        tiny_run.run(file, "model.arguments.image_size=4")
+    assert list((tmp_path / "run").iterdir()) == []
+    tiny_run.run(file, "training.steps=1")
+
+
+def test_a_loss_that_is_no_number_stops_before_it_does_harm(
+    tmp_path: Path, own: Callable[[object], dict[str, str]]
+) -> None:
+    file = tiny_run.write(tmp_path, loss=own(at_call(6, lambda: torch.tensor(float("nan")))))
+    told = r"^step 6: the loss is nan; the newest save, .*step-000000004.pt, is from before.* lower optimizer.lr"
+    with pytest.raises(RunError, match=told):
+        tiny_run.run(file)
+    save = torch.load(tmp_path / "run" / "saves" / "step-000000004.pt", weights_only=True)
+    assert all(value.isfinite().all() for value in save["model"].values())
+    assert not (tmp_path / "run" / "weights.safetensors").exists()
+
+
+def test_weights_that_are_no_numbers_are_never_saved(tmp_path: Path, own: Callable[[object], dict[str, str]]) -> None:
+    class Ruin(ContrastiveLoss):
+        @torch.no_grad()
+        def clamp_(self) -> None:
+            self.logit_scale.fill_(float("nan"))
+
+    with pytest.raises(RunError, match=r"^step 1: the weights logit_scale are no longer all finite; there is no save"):
+        tiny_run.run(tiny_run.write(tmp_path, loss=own(Ruin)), "training.save_every=1")
+    assert not (tmp_path / "run" / "saves").exists()
+
+
+def test_a_loss_that_is_no_scalar(tmp_path: Path, own: Callable[[object], dict[str, str]]) -> None:
+    file = tiny_run.write(tmp_path, loss=own(lambda: lambda outputs, targets: outputs[0]))
+    with pytest.raises(RunError, match=r"loss.factory: .* got shape \(8, 8\)"):
+        tiny_run.run(file)
+
+
+def test_the_loss_is_trained_and_clamped(tmp_path: Path, own: Callable[[object], dict[str, str]]) -> None:
+    class Watched(ContrastiveLoss):
+        seen: list[float] = []  # noqa: RUF012
+
+        def clamp_(self) -> None:
+            self.seen.append(self.logit_scale.item())
+            with torch.no_grad():
+                self.logit_scale.fill_(1.0)
+
+    tiny_run.run(tiny_run.write(tmp_path, loss=own(Watched)))
+    assert len(Watched.seen) == 12
+    assert all(value != 1.0 for value in Watched.seen[1:]), "the optimizer moves it after every clamp"
+    assert read_weights(tmp_path / "run" / "weights.safetensors")["logit_scale"].item() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("build", "told"),
+    [
+        (lambda: 3, r"loss.factory: gave a int; expected a callable of \(outputs, targets\)"),
+        (lambda: 1 / 0, r"loss.factory: ZeroDivisionError: division by zero \(in .*test_loop.py, line \d+\)"),
+        (
+            lambda: nn.ParameterDict({"positional_embedding": torch.ones(2)}),
+            "model and loss both have weights named pos",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit(
+    tmp_path: Path, own: Callable[[object], dict[str, str]], build: object, told: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=told):
+        tiny_run.run(tiny_run.write(tmp_path, loss=own(build)))
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("pipeline.stages=9", r"pipeline: 9 devices for \d cells"),
+        ("pipeline.balance=[1, 1]", r"pipeline: balance must sum to the number of cells"),
+        ("training.batch_size=5000", r"training.batch_size: should be at most \d+, the rows of the training data"),
+        ("pipeline.devices=meta:7x", r"'meta:7x' is no device of torch"),
+        ("model.factory=torch.nn.ReLU", r"pipeline: .*cells\(\)"),
+        ("data={name: text, path: /nowhere}", r"data: .*/nowhere"),
+    ],
+)
+def test_settings_that_do_not_fit_model_data_or_machine(tmp_path: Path, override: str, told: str) -> None:
+    arguments = ["model.arguments={}"] if override.startswith("model.factory") else []
+    with pytest.raises(ConfigurationError, match=told):
+        tiny_run.run(tiny_run.write(tmp_path), override, *arguments)
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_shows_every_step_once(tmp_path: Path, own: Callable[[object], dict[str, str]]) -> None:
+    class Killed(Exception):
+        pass
+
+    def kill() -> None:
+        raise Killed
+
+    file = tiny_run.write(tmp_path, loss=own(at_call(8, kill)))
+    with pytest.raises(Killed, match=r"^$"):
+        tiny_run.run(file, "logging.every=1")
+    own(ContrastiveLoss)
+    tiny_run.run(file, "logging.every=1", resume=True)  # from step 4, though steps 5 to 7 were written
+    shown = scalars(tmp_path / "run")
+    tags = {"loss", "learning_rate", "samples_per_second", "peak_memory_mebibytes/process"}
+    assert shown.keys() == tags | {"busy/stage_0", "busy/stage_1"}
+    assert [step for step, _ in shown["loss"]] == list(range(1, 13))
+    assert shown["learning_rate"][0][1] == pytest.approx(0.01 / 3)
+    assert all(0 < value <= 1 for stage in (0, 1) for _, value in shown[f"busy/stage_{stage}"])
+    assert 50 < shown["peak_memory_mebibytes/process"][0][1] < 50_000
