@@ -128,8 +128,8 @@ class MiniBatch:
             self._perform(backward, transport, CallerContext.capture([s.device for s in self._pipeline.stages]))
         return [transport.receive(0, CALLER, Direction.BACKWARD, m) for m in range(count)], totals
 
-    def forward_and_backward(self, inputs: Sequence[Boundary]) -> Finished:
-        """Run the whole schedule, the last stage's ``head`` giving each micro-batch's share of the loss."""
+    def forward_and_backward(self, inputs: Sequence[Boundary]) -> tuple[Boundary, Finished]:
+        """Run the whole schedule; gives the sum of what the last stage's ``head`` made of every micro-batch."""
         self._spent = True
         transport = self._transport()
         for m, boundary in enumerate(inputs):
@@ -141,7 +141,7 @@ class MiniBatch:
         count = range(len(inputs))
         shares = [transport.receive(self._last, CALLER, Direction.FORWARD, m) for m in count]
         arrived = [transport.receive(0, CALLER, Direction.BACKWARD, m) for m in count]
-        return Finished(self.parameters, _sum(shares), arrived, totals)
+        return _sum(shares), Finished(self.parameters, arrived, totals)
 
     @property
     def _last(self) -> int:
@@ -181,7 +181,6 @@ class Finished:
     """A mini-batch that has gone forward and backward, its gradients waiting to be handed to autograd."""
 
     parameters: Sequence[Tensor]
-    loss: Boundary
     _arrived: list[Gradients]
     _totals: list[Tensor | None]
     output_gradients: list[Gradients] = field(default_factory=list)

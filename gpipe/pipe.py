@@ -160,9 +160,9 @@ class GPipe(nn.Module):
             head = MicroBatchLoss(loss_fn, aims, split_sizes(rows, self.chunks))
             parameters = list(self._trainable(loss_fn))
             batch = self._mini_batch(len(parts), parameters, head)
-            done = batch.forward_and_backward([Boundary.of(part) for part in parts])
+            summed, done = batch.forward_and_backward([Boundary.of(part) for part in parts])
             self.step += self.training
-        (loss,) = attach(done, parts, [done.loss])
+        (loss,) = attach(done, parts, [summed])
         if loss.requires_grad:
             loss.backward()
         total: Tensor = loss.detach()
