@@ -15,11 +15,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from gpipe import batchnorm, schedules
 from gpipe.autograd import attach
 from gpipe.boundary import Boundary
-from gpipe.cells import cells_of, refuse_shared_parameters, registries
+from gpipe.cells import refuse_shared_parameters, registries
 from gpipe.loss import LossFunction, MicroBatchLoss, checked_loss
 from gpipe.microbatch import gather, row_count, scatter, split_sizes
 from gpipe.minibatch import MiniBatch, Pipeline
 from gpipe.partitioning.balance import split_evenly
+from gpipe.partitioning.cells import cells_of
 from gpipe.schedule import Schedule
 from gpipe.settings import (
     Checkpoint,

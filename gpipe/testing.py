@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from gpipe.cells import cells_of
 from gpipe.microbatch import gather, scatter
 from gpipe.partitioning.balance import split_evenly
+from gpipe.partitioning.cells import cells_of
 from gpipe.pipe import GPipe
 from gpipe.rng import cell_seed
 from gpipe.settings import Checkpoint
