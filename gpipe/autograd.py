@@ -15,9 +15,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from gpipe.boundary import Boundary, Gradients
+from gpipe.boundary import Boundary, Gradients, leaves_once
 
 
 class Backward(Protocol):
@@ -45,7 +44,7 @@ def attach(mini_batch: Backward, inputs: Sequence[Any], outputs: Sequence[Bounda
         Every micro-batch's output, with its graph.
     """
     entering = [
-        [leaf if isinstance(leaf, Tensor) and leaf.requires_grad else None for leaf in tree_leaves(tree)]
+        [leaf if isinstance(leaf, Tensor) and leaf.requires_grad else None for leaf in leaves_once(tree)[0]]
         for tree in inputs
     ]
     tensors = [leaf for leaves in entering for leaf in leaves if leaf is not None]
@@ -57,8 +56,7 @@ def attach(mini_batch: Backward, inputs: Sequence[Any], outputs: Sequence[Bounda
         return [output.tree() for output in outputs]
     left = iter(_Leave.apply(mini_batch, needed, token, _Results(leaving)))
     return [
-        tree_unflatten([next(left) if need else x for x, need in zip(o.leaves, o.needs_grad, strict=True)], o.spec)
-        for o in outputs
+        o.tree([next(left) if need else x for x, need in zip(o.leaves, o.needs_grad, strict=True)]) for o in outputs
     ]
 
 

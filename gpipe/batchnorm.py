@@ -6,6 +6,8 @@ those of the whole mini-batch, as one batch-norm pass over it would leave them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +27,7 @@ class Moments(NamedTuple):
     variance: Tensor  # (C,) biased
 
 
-Statistics = dict[_BatchNorm, dict[int, Moments]]
+Statistics = dict[_BatchNorm, dict[int, list[Moments]]]  # by micro-batch; one for each time forward runs the layer
 
 
 def defer(module: nn.Module) -> None:
@@ -36,19 +38,23 @@ def defer(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, _BatchNorm) and layer.track_running_stats and not hasattr(layer, _MARK):
             setattr(layer, _MARK, {})
-            layer.register_forward_pre_hook(_collect)
+            layer.register_forward_pre_hook(_collect, with_kwargs=True)
             layer.register_forward_hook(_restore, always_call=True)
 
 
 def commit(statistics: Statistics) -> None:
     """Update running mean, variance and ``num_batches_tracked`` as one pass over the mini-batch would."""
     for layer, by_micro_batch in statistics.items():
-        moments = [by_micro_batch[m] for m in sorted(by_micro_batch)]
-        count = sum(m.samples for m in moments)
-        mean = torch.stack([m.mean * (m.samples / count) for m in moments]).sum(0)
-        squares = torch.stack([m.samples * (m.variance + (m.mean - mean) ** 2) for m in moments]).sum(0)
-        with torch.no_grad():
-            _update(layer, mean, squares / max(count - 1, 1))
+        for moments in zip_longest(*(by_micro_batch[m] for m in sorted(by_micro_batch))):
+            _merge(layer, [m for m in moments if m is not None])
+
+
+@torch.no_grad()
+def _merge(layer: _BatchNorm, moments: Sequence[Moments]) -> None:
+    count = sum(m.samples for m in moments)
+    mean = torch.stack([m.mean * (m.samples / count) for m in moments]).sum(0)
+    squares = torch.stack([m.samples * (m.variance + (m.mean - mean) ** 2) for m in moments]).sum(0)
+    _update(layer, mean, squares / max(count - 1, 1))
 
 
 def _update(layer: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
@@ -66,16 +72,17 @@ def _update(layer: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def _collect(layer: _BatchNorm, args: tuple[Any, ...]) -> None:
+def _collect(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     phase = current_phase()
     if phase is None or phase.statistics is None or not layer.training:
         return
-    x: Tensor = args[0].detach()
+    x: Tensor = (args[0] if args else kwargs["input"]).detach()
     if not phase.recomputing:
         dims = [d for d in range(x.dim()) if d != 1]
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         variance, mean = torch.var_mean(x, dims, correction=0)
-        phase.statistics.setdefault(layer, {})[phase.micro_batch] = Moments(x.numel() // x.shape[1], mean, variance)
+        moments = Moments(x.numel() // x.shape[1], mean, variance)
+        phase.statistics.setdefault(layer, {}).setdefault(phase.micro_batch, []).append(moments)
     setattr(layer, _MARK, {name: layer._buffers[name] for name in _BUFFERS})
     layer._buffers.update(dict.fromkeys(_BUFFERS))
 

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from gpipe.memory import copied, overlapping
 from gpipe.microbatch import refuse_hidden_tensors
 
 Gradients = list[Tensor | None]
+
+
+def leaves_once(tree: Any) -> tuple[list[Any], tuple[int, ...], TreeSpec]:
+    """The leaves of ``tree``, an object that stands in several places once; for every place its leaf; the structure.
+
+    A tensor that two places hold is one node of the graph: as two it would collect its gradient in another order, and
+    a write to one would not be known to the other.
+    """
+    placed, spec = tree_flatten(tree)
+    index: dict[int, int] = {}
+    places = tuple(index.setdefault(id(leaf), len(index)) for leaf in placed)
+    leaves: list[Any] = [None] * len(index)
+    for leaf, place in zip(placed, places, strict=True):
+        leaves[place] = leaf
+    return leaves, places, spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,43 +36,53 @@ class Boundary:
     """One micro-batch between two stages.
 
     Attributes:
-        leaves: Tensors without graph, and any other values.
+        leaves: Tensors without graph, and any other values, each once.
         needs_grad: For each leaf whether a gradient is to flow back through it.
+        places: For each place of the structure the index of its leaf.
         spec: The structure that holds the leaves.
     """
 
     leaves: tuple[Any, ...]
     needs_grad: tuple[bool, ...]
+    places: tuple[int, ...]
     spec: TreeSpec
 
     @classmethod
     def of(cls, tree: Any) -> Boundary:
         """Cut ``tree`` from its graph; the tensors share storage."""
-        leaves, spec = tree_flatten(tree)
+        leaves, places, spec = leaves_once(tree)
         for leaf in leaves:
             refuse_hidden_tensors(leaf, "a stage's output")
         return cls(
             tuple(leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves),
             tuple(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves),
+            places,
             spec,
         )
 
-    def map(self, function: Any) -> Boundary:
-        """The same boundary with ``function`` applied to every tensor."""
-        leaves = tuple(function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves)
-        return Boundary(leaves, self.needs_grad, self.spec)
-
     def copy(self) -> Boundary:
         """The same values in storage of their own: what a stage writes to them nobody else sees."""
-        return self.map(torch.clone)
+        return replace(self, leaves=copied(self.leaves))
+
+    def check_writes(self, versions: tuple[int, ...]) -> None:
+        """Raise a RuntimeError if, since it had ``versions``, a tensor was written to that overlaps with another.
+
+        Autograd knows what a write to a tensor does to its views, but across a boundary they are views no more.
+        """
+        if self.versions() != versions and overlapping(self.leaves):
+            raise RuntimeError(
+                "a stage modified in place a tensor that it receives together with a view of it, and gradients would "
+                "be wrong: clone one of the two in the cell before, or do not work in place"
+            )
 
     def versions(self) -> tuple[int, ...]:
         """A number per tensor that changes when it is written to."""
         return tuple(leaf._version for leaf in self.leaves if isinstance(leaf, Tensor) and not leaf.is_inference())
 
-    def tree(self) -> Any:
-        """The values, without graph."""
-        return tree_unflatten(list(self.leaves), self.spec)
+    def tree(self, leaves: Sequence[Any] | None = None) -> Any:
+        """The values, without graph; or ``leaves`` in their places."""
+        given = self.leaves if leaves is None else leaves
+        return tree_unflatten([given[place] for place in self.places], self.spec)
 
     def open(self, arrived: Gradients) -> Any:
         """The values as the start of a graph whose backward leaves their gradients, leaf by leaf, in ``arrived``.
@@ -71,7 +97,7 @@ class Boundary:
         opened = _Open.apply(arrived, places, _ANCHOR, *(leaves[i] for i in places))
         for i, tensor in zip(places, opened, strict=True):
             leaves[i] = tensor
-        return tree_unflatten(leaves, self.spec)
+        return self.tree(leaves)
 
 
 _ANCHOR = torch.empty(0, requires_grad=True)  # makes autograd record a Function whose other inputs need no gradient

@@ -8,54 +8,77 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 Place = tuple[nn.Module, str]
-Snapshot = dict[Place, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What a forward started from.
+
+    Attributes:
+        buffers: Every buffer; those that forward changes as copies.
+        versions: Of the buffers that are no copies, a number that changes when they are written to.
+    """
+
+    buffers: dict[Place, Tensor]
+    versions: dict[Place, int]
 
 
 class ChangingBuffers:
-    """Which buffers of some modules their forward changes, learned for every pattern of training flags."""
+    """Which buffers modules change in their forward, learned for every pattern of training flags."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._modules = [m for module in modules for m in module.modules()]
-        self._changing: dict[tuple[bool, ...], list[Place]] = {}
+    def __init__(self) -> None:
+        self._changing: dict[tuple[tuple[int, bool], ...], set[nn.Module]] = {}
 
     @contextmanager
-    def watched(self) -> Iterator[Snapshot]:
-        """Run a forward inside; gives the values from before it of the buffers that it changes."""
-        pattern = tuple(m.training for m in self._modules)
+    def watched(self, modules: Sequence[nn.Module]) -> Iterator[Before]:
+        """Run a forward inside; gives what it started from."""
+        buffers = {(m, name): b for m in modules for name, b in m._buffers.items() if b is not None}
+        versions = {place: _version(b) for place, b in buffers.items()}
+        pattern = tuple((id(m), m.training) for m in modules)
         known = self._changing.get(pattern)
-        places = self._all() if known is None else known
-        originals = {(m, name): m._buffers[name] for m, name in places}
-        snapshot = {place: b.clone() for place, b in originals.items() if b is not None}
-        yield snapshot
-        if known is None:
-            changed = {
-                m for m, name in snapshot if _changed(m._buffers.get(name), originals[m, name], snapshot[m, name])
-            }
-            self._changing[pattern] = [place for place in snapshot if place[0] in changed]
-            for place in [place for place in snapshot if place[0] not in changed]:
-                del snapshot[place]
-
-    def _all(self) -> list[Place]:
-        return list({(m, name): None for m in self._modules for name, b in m._buffers.items() if b is not None})
-
-
-def _changed(now: Tensor | None, original: Tensor | None, before: Tensor) -> bool:
-    return now is not original or now is None or not torch.equal(now, before)
+        copies = {place: b.clone() for place, b in buffers.items() if known is None or place[0] in known}
+        before = Before(buffers | copies, versions)
+        yield before
+        changing = self._changing.setdefault(pattern, set())
+        for (m, name), b in buffers.items():
+            written = _version(b) != versions[m, name] or (known is None and not torch.equal(b, copies[m, name]))
+            if written or m._buffers.get(name) is not b:
+                changing.add(m)
+        for place in copies:
+            if place[0] in changing:
+                del versions[place]
+            else:
+                before.buffers[place] = buffers[place]
 
 
 @contextmanager
-def rewound(snapshot: Snapshot) -> Iterator[None]:
-    """Run a forward inside that sees the buffers of ``snapshot``, and whose changes to them are dropped."""
-    now = {(m, name): m._buffers[name] for m, name in snapshot}
-    for (m, name), value in snapshot.items():
-        m._buffers[name] = value.clone()
+def rewound(before: Before) -> Iterator[None]:
+    """Run a forward inside that starts from ``before``, and whose changes are dropped.
+
+    Raises:
+        RuntimeError: A buffer of which no copy was made has been written to.
+    """
+    for (m, name), version in before.versions.items():
+        if _version(before.buffers[m, name]) != version:
+            raise RuntimeError(
+                f"the buffer {name!r} of {type(m).__name__} was modified in place after forward began, so a recompute "
+                "would not repeat it: modify it after backward, or wrap with checkpoint='never'"
+            )
+    now = {(m, name): m._buffers.get(name) for m, name in before.buffers}
+    for place, value in before.buffers.items():
+        place[0]._buffers[place[1]] = value if place in before.versions else value.clone()
     try:
         yield
     finally:
         for (m, name), buffer in now.items():
             m._buffers[name] = buffer
+
+
+def _version(buffer: Tensor) -> int:
+    return -1 if buffer.is_inference() else buffer._version

@@ -74,4 +74,15 @@ class CallerContext:
         return stack
 
 
+@contextmanager
+def autocast_off() -> Iterator[None]:
+    """Backward inside runs in the types forward chose, as torch recommends, also where the caller's autocast is on."""
+    types = {"cpu", *(device.type for device in [torch.accelerator.current_accelerator()] if device is not None)}
+    with ExitStack() as stack:
+        for device_type in types:
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
 _NOTHING = nullcontext()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -38,9 +38,10 @@ class MicroBatchLoss:
     """
 
     def __init__(self, loss_fn: LossFunction, targets: Sequence[Any], rows: Sequence[int]) -> None:
+        self.module = loss_fn if isinstance(loss_fn, nn.Module) else None
         self._loss_fn = loss_fn
         self._targets = targets
-        self._shares = [n / sum(rows) for n in rows]
+        self._shares = [n / max(sum(rows), 1) for n in rows]
 
     def __call__(self, micro_batch: int, output: Any) -> Tensor:
         """The share of one micro-batch."""

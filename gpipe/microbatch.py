@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ def row_count(tree: Any) -> int:
     first = ""
     for path, leaf in tree_flatten_with_path(tree)[0]:
         refuse_hidden_tensors(leaf, f"input{keystr(path)}")
+        _refuse_array(leaf, f"input{keystr(path)}")
         if not isinstance(leaf, Tensor) or leaf.dim() == 0:
             continue
         if rows is None:
@@ -56,10 +57,8 @@ def scatter(tree: Any, chunks: int) -> list[Any]:
     if len(sizes) == 1:
         return [tree]
     leaves, spec = tree_flatten(tree)
-    parts = [
-        torch.split(leaf, sizes) if isinstance(leaf, Tensor) and leaf.dim() > 0 else [leaf] * len(sizes)
-        for leaf in leaves
-    ]
+    split = {id(x): torch.split(x, sizes) for x in leaves if isinstance(x, Tensor) and x.dim() > 0}
+    parts = [split.get(id(leaf), [leaf] * len(sizes)) for leaf in leaves]
     return [tree_unflatten(list(micro_batch), spec) for micro_batch in zip(*parts, strict=True)]
 
 
@@ -103,8 +102,13 @@ def _join(name: str, column: list[Any]) -> Any:
                 f"{name} is a 0-dim tensor, one of each micro-batch, and there is no telling how to combine them: "
                 "return one value per row, or a tensor of shape (1,) per micro-batch"
             )
+        if len({value.shape[1:] for value in column}) > 1:
+            raise ValueError(
+                f"{name} has shape {' and '.join(str(tuple(value.shape)) for value in column)} in the micro-batches, "
+                "which cannot be concatenated along dimension 0: pad to one size"
+            )
         return torch.cat(column)
-    if any(isinstance(value, Tensor) or value != column[0] for value in column):
+    if not all(_same(value, column[0]) for value in column):
         raise TypeError(
             f"{name} is no tensor and differs between micro-batches ({column[0]!r} and others): return a tensor with a "
             "batch dimension, or the same value for every micro-batch"
@@ -112,15 +116,48 @@ def _join(name: str, column: list[Any]) -> Any:
     return column[0]
 
 
+def _same(value: Any, first: Any) -> bool:
+    """Whether two values that are not both tensors are one."""
+    if value is first:
+        return True
+    if isinstance(value, Tensor) or isinstance(first, Tensor):
+        return False
+    try:
+        return bool(value == first)
+    except ValueError:  # an array compares element by element
+        return False
+
+
 def refuse_hidden_tensors(leaf: Any, name: str) -> None:
     """Raise a TypeError for an object the pytree takes as one value although it holds tensors."""
-    if isinstance(leaf, Tensor) or not hasattr(leaf, "__dict__") or isinstance(leaf, type):
-        return
-    hidden = [key for key, value in vars(leaf).items() if isinstance(value, Tensor)]
-    if hidden:
+    if not isinstance(leaf, Tensor) and _holds_tensor(leaf, depth=3):
         raise TypeError(
-            f"{name} is a {type(leaf).__qualname__} that holds tensors ({', '.join(hidden)}) which the pipeline cannot "
-            "see: pass a tuple, list or dict, or register the class with torch.utils._pytree.register_pytree_node"
+            f"{name} is a {type(leaf).__qualname__} that holds tensors which the pipeline cannot see: pass a tuple, "
+            "list or dict, or register the class with torch.utils._pytree.register_pytree_node"
+        )
+
+
+def _holds_tensor(value: Any, depth: int) -> bool:
+    """Whether a tensor is found in ``value``, its items or attributes, or theirs, ``depth`` levels down."""
+    if isinstance(value, Tensor):
+        return True
+    if depth == 0 or value is None or isinstance(value, (bool, int, float, complex, str, bytes, type)):
+        return False
+    inside: list[Any] = [*getattr(value, "__dict__", {}).values()]
+    slots: list[str] = [name for base in type(value).__mro__ for name in getattr(base, "__slots__", ())]
+    inside += [getattr(value, name, None) for name in slots]
+    if isinstance(value, Mapping):
+        inside += value.values()
+    elif isinstance(value, (Sequence, Set)):
+        inside += value
+    return any(_holds_tensor(part, depth - 1) for part in inside)
+
+
+def _refuse_array(leaf: Any, name: str) -> None:
+    if not isinstance(leaf, Tensor) and hasattr(leaf, "__array__") and getattr(leaf, "ndim", False):
+        raise TypeError(
+            f"{name} is a {type(leaf).__qualname__}, which would not be split into micro-batches: convert it with "
+            "torch.as_tensor"
         )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpipe.batchnorm import Statistics, commit
 from gpipe.boundary import Boundary, Gradients
@@ -25,11 +26,21 @@ Actions = Sequence[Sequence[Action]]
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What all mini-batches of a pipe share: stages, the threads that perform their actions, trainable parameters."""
+    """What all mini-batches of a pipe share.
+
+    Attributes:
+        stages: The stages.
+        workers: The threads that perform their actions.
+        lock: Held while they do: gradients, and what stages learn, are for one thread of the user at a time.
+        parameters: The trainable parameters.
+        frozen: The others.
+    """
 
     stages: Sequence[Stage]
     workers: Workers
+    lock: AbstractContextManager[Any]
     parameters: Sequence[Tensor]
+    frozen: Sequence[Tensor] = ()
 
 
 class MiniBatch:
@@ -72,6 +83,7 @@ class MiniBatch:
         ]
         self.spans: list[list[Span]] = [[] for _ in schedule.workers]
         self._versions: tuple[int, ...] = ()
+        self._training: dict[nn.Module, bool] = {}
         self._spent = False
         self.output_gradients: list[Gradients] = []
 
@@ -84,10 +96,10 @@ class MiniBatch:
         """Run the forward half on every micro-batch's input; gives every micro-batch's output."""
         if self._schedule.recomputed:
             self._versions = self._parameter_versions()
+            self._training = {m: m.training for flight in self._flights for m in flight.modules}
         forward, _ = self._schedule.halves
         transport = self._transport()
-        for m, boundary in enumerate(inputs):
-            transport.send(CALLER, 0, Direction.FORWARD, m, boundary)
+        self._enter(inputs, transport)
         self._perform(forward, transport, self._context)
         self._commit()
         return [transport.receive(self._last, CALLER, Direction.FORWARD, m) for m in range(len(inputs))]
@@ -104,6 +116,10 @@ class MiniBatch:
         Raises:
             RuntimeError: The mini-batch has gone backward before, or a parameter changed since forward.
         """
+        with self._pipeline.lock:
+            return self._backward(keep_graph)
+
+    def _backward(self, keep_graph: bool) -> tuple[list[Gradients], list[Tensor | None]]:
         if self._spent:
             raise RuntimeError(
                 "this mini-batch has gone backward already and its activations are freed: "
@@ -111,8 +127,9 @@ class MiniBatch:
             )
         if self._schedule.recomputed and self._versions != self._parameter_versions():
             raise RuntimeError(
-                "a parameter was modified in place between forward and backward, so a recompute would not repeat the "
-                "forward: call backward before optimizer.step(), or wrap with checkpoint='never'"
+                "a parameter was modified in place after forward began - by optimizer.step(), by load_state_dict(), or "
+                "by a cell itself, as nn.Embedding(max_norm=...) does - so a recompute would not repeat the forward: "
+                "call backward before, or wrap with checkpoint='never'"
             )
         self._spent = not keep_graph
         for flight in self._flights:
@@ -124,7 +141,7 @@ class MiniBatch:
             transport.send(CALLER, self._last, Direction.BACKWARD, m, by_leaf)
         count = len(gradients)
         del gradients, by_leaf
-        with collected(self.parameters) as totals:
+        with collected(self.parameters) as totals, _flags(self._training):
             self._perform(backward, transport, CallerContext.capture([s.device for s in self._pipeline.stages]))
         return [transport.receive(0, CALLER, Direction.BACKWARD, m) for m in range(count)], totals
 
@@ -132,8 +149,8 @@ class MiniBatch:
         """Run the whole schedule; gives the sum of what the last stage's ``head`` made of every micro-batch."""
         self._spent = True
         transport = self._transport()
-        for m, boundary in enumerate(inputs):
-            transport.send(CALLER, 0, Direction.FORWARD, m, boundary)
+        self._enter(inputs, transport)
+        for m in range(len(inputs)):
             transport.send(CALLER, self._last, Direction.BACKWARD, m, None)
         with collected(self.parameters) as totals:
             self._perform(self._schedule.workers, transport, self._context.without_autocast())
@@ -146,6 +163,11 @@ class MiniBatch:
     @property
     def _last(self) -> int:
         return len(self._flights) - 1
+
+    def _enter(self, inputs: Sequence[Boundary], transport: ThreadTransport) -> None:
+        """Send the inputs, copied: neither do cells write to the caller's tensors, nor the caller to a recompute's."""
+        for m, boundary in enumerate(inputs):
+            transport.send(CALLER, 0, Direction.FORWARD, m, boundary.copy())
 
     def _transport(self) -> ThreadTransport:
         return ThreadTransport([stage.device for stage in self._pipeline.stages])
@@ -168,12 +190,25 @@ class MiniBatch:
         return partial(self._context.variables.copy().run, run)
 
     def _parameter_versions(self) -> tuple[int, ...]:
-        return tuple(p._version for p in self.parameters)
+        return tuple(p._version for p in (*self._pipeline.parameters, *self._pipeline.frozen))
 
     def _commit(self) -> None:
         if self._statistics:
             commit(self._statistics)
             self._statistics.clear()
+
+
+@contextmanager
+def _flags(training: dict[nn.Module, bool]) -> Iterator[None]:
+    """Give modules the training flags inside: a recompute is in the mode forward was in, whatever came between."""
+    changed = {m: m.training for m, flag in training.items() if m.training != flag}
+    for m in changed:
+        m.training = training[m]
+    try:
+        yield
+    finally:
+        for m, flag in changed.items():
+            m.training = flag
 
 
 @dataclass
@@ -195,4 +230,4 @@ class Finished:
 def _sum(shares: Sequence[Boundary]) -> Boundary:
     """The mini-batch's loss from its micro-batches' shares, in their order."""
     loss = torch.stack([share.leaves[0] for share in shares]).sum()
-    return Boundary((loss,), (any(share.needs_grad[0] for share in shares),), shares[0].spec)
+    return replace(shares[0], leaves=(loss,), needs_grad=(any(share.needs_grad[0] for share in shares),))

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from gpipe import batchnorm, schedules
 from gpipe.autograd import attach
 from gpipe.boundary import Boundary
-from gpipe.cells import refuse_shared_parameters, registries
+from gpipe.cells import refuse_sharing, registries
+from gpipe.context import autocast_off
 from gpipe.loss import LossFunction, MicroBatchLoss, checked_loss
 from gpipe.microbatch import gather, row_count, scatter, split_sizes
 from gpipe.minibatch import MiniBatch, Pipeline
@@ -28,6 +29,7 @@ from gpipe.settings import (
     check_checkpoint,
     check_chunks,
     check_devices,
+    check_seed,
     kept_micro_batches,
 )
 from gpipe.stage import Head, Stage
@@ -84,18 +86,20 @@ class GPipe(nn.Module):
                 "give balance, or leave all three out to balance by parameter count"
             )
         cells = cells_of(module)
+        if isinstance(devices, Iterator):
+            devices = list(devices)
         self.chunks = check_chunks(chunks)
         self.balance = self._balanced(cells, balance, devices)
         self.devices = check_devices(devices, len(self.balance)) if self.balance else []
         self.checkpoint = check_checkpoint(checkpoint, len(self.balance))
         self.deferred_batch_norm = deferred_batch_norm
-        self.seed = _drawn_seed() if seed is None else seed
+        self.seed = check_seed(seed)
         self.step = 0
         self._intra_op_threads = max(1, torch.get_num_threads() // max(1, len(self.balance)))
         vars(self).update(registries(module), module=module)
+        self._build(cells)
         if deferred_batch_norm:
             batchnorm.defer(module)
-        self._build(cells)
 
     def forward(self, inputs: Any) -> Any:
         """Run a mini-batch through the pipeline.
@@ -115,7 +119,7 @@ class GPipe(nn.Module):
             return inputs
         with self._lock:
             parts = self._scattered(inputs)
-            batch = self._mini_batch(len(parts), list(self._trainable()))
+            batch = self._mini_batch(len(parts))
             outputs = batch.forward([Boundary.of(part) for part in parts])
             self.step += self.training
         if torch.is_grad_enabled():
@@ -146,11 +150,14 @@ class GPipe(nn.Module):
             raise ValueError(f"loss_over must be 'mini_batch' or 'micro_batch', got {loss_over!r}")
         if not torch.is_grad_enabled():
             raise RuntimeError("train_step computes gradients: call it outside torch.no_grad() and inference_mode()")
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn must be callable with outputs and targets, got {type(loss_fn).__name__}")
         rows = row_count(inputs)
         self._check_targets(targets, rows)
         if loss_over == "mini_batch" or not self._stages:
             loss = checked_loss(loss_fn(self(inputs), self._on_last(targets)))
-            loss.backward()  # type: ignore[no-untyped-call]
+            with autocast_off():
+                loss.backward()  # type: ignore[no-untyped-call]
             return loss.detach()
         return self._micro_batch_step(inputs, targets, loss_fn, rows)
 
@@ -159,8 +166,7 @@ class GPipe(nn.Module):
             parts = self._scattered(inputs)
             aims = scatter(self._on_last(targets), len(parts)) if _has_rows(targets) else [targets] * len(parts)
             head = MicroBatchLoss(loss_fn, aims, split_sizes(rows, self.chunks))
-            parameters = list(self._trainable(loss_fn))
-            batch = self._mini_batch(len(parts), parameters, head)
+            batch = self._mini_batch(len(parts), head)
             summed, done = batch.forward_and_backward([Boundary.of(part) for part in parts])
             self.step += self.training
         (loss,) = attach(done, parts, [summed])
@@ -181,6 +187,12 @@ class GPipe(nn.Module):
         for _, cell in self._cells:
             cell.train(mode)
         return self
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        vars(self)["module"]._save_to_state_dict(*args, **kwargs)  # which may be of the module's own making
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        vars(self)["module"]._load_from_state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As of the wrapped module; parameters stay on, or come to, their stage's device."""
@@ -245,7 +257,7 @@ class GPipe(nn.Module):
         self._cells = cells
         ends = [sum(self.balance[:k]) for k in range(len(self.balance) + 1)]
         groups = [cells[left:right] for left, right in pairwise(ends)]
-        refuse_shared_parameters(groups)
+        refuse_sharing(groups)
         for group, device in zip(groups, self.devices, strict=True):
             for _, cell in group:
                 cell.to(device)
@@ -257,14 +269,21 @@ class GPipe(nn.Module):
         self._lock = threading.RLock()
         self._spans: Sequence[Sequence[Any]] = []
 
-    def _mini_batch(self, micro_batches: int, parameters: list[Tensor], head: Head | None = None) -> MiniBatch:
+    def _mini_batch(self, micro_batches: int, head: Head | None = None) -> MiniBatch:
+        module = vars(self)["module"]
+        if isinstance(module, nn.Sequential) and list(module._modules.values()) != [cell for _, cell in self._cells]:
+            raise RuntimeError("the wrapped module's cells were replaced after wrapping: wrap the module again")
         if self._workers is None or not self._workers.usable():
             self._workers = Workers(len(self._stages), self._intra_op_threads)
         keep = kept_micro_batches(self.checkpoint, len(self._stages), micro_batches)
         if not torch.is_grad_enabled():
             keep = (micro_batches,) * len(self._stages)
+        modules = [self] if head is None or head.module is None else [self, head.module]
+        parameters = list({id(p): p for module in modules for p in module.parameters()}.values())
+        trainable = [p for p in parameters if p.requires_grad]
+        frozen = [p for p in parameters if not p.requires_grad]
         batch = MiniBatch(
-            Pipeline(self._stages, self._workers, parameters),
+            Pipeline(self._stages, self._workers, self._lock, trainable, frozen),
             _schedule(len(self._stages), micro_batches, keep),
             seed=self.seed,
             step=self.step,
@@ -279,12 +298,6 @@ class GPipe(nn.Module):
 
     def _on_last(self, targets: Any) -> Any:
         return _moved(targets, self.devices[-1]) if self.devices else targets
-
-    def _trainable(self, loss_fn: Any = None) -> Iterator[Tensor]:
-        own = {id(p): p for p in self.parameters() if p.requires_grad}
-        if isinstance(loss_fn, nn.Module):
-            own.update({id(p): p for p in loss_fn.parameters() if p.requires_grad})
-        return iter(own.values())
 
     def _check_targets(self, targets: Any, rows: int) -> None:
         if _has_rows(targets) and (given := row_count(targets)) != rows:
@@ -310,10 +323,6 @@ class GPipe(nn.Module):
 @lru_cache(maxsize=64)
 def _schedule(stages: int, micro_batches: int, keep: tuple[int, ...]) -> Schedule:
     return schedules.with_recompute(schedules.gpipe(stages, micro_batches), keep).validate()
-
-
-def _drawn_seed() -> int:
-    return int(torch.randint(0, 2**63 - 1, (), device="cpu"))
 
 
 def _moved(tree: Any, device: torch.device) -> Any:

@@ -2,22 +2,27 @@
 
 Before a cell runs, its generator is seeded; a recompute seeds the same, so nothing is saved or restored. CPU threads
 share one default generator, and sharing it races; there a dispatch mode, which is per thread, hands every random
-operator a generator of the thread's own. The mode costs microseconds per operator, so a cell runs under it only where it
-may draw: always on the first micro-batch of a mini-batch, later only if it drew then or ever before.
+operator a generator of the thread's own. The mode costs microseconds per operator, so a cell runs under it only where
+it may draw: always on the first micro-batch of a mini-batch, later only if it drew then or ever before.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from types import FrameType
+from typing import Any, Self
 
 import torch
 from torch import Generator, Tensor
+from torch._C import _pop_torch_dispatch_stack, _push_on_torch_dispatch_stack
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _MASK = (1 << 64) - 1
 
@@ -40,8 +45,13 @@ def _mix(z: int) -> int:
     return z ^ (z >> 31)
 
 
+Brought = dict[Generator, Tensor]  # generators of a cell's own, and their states before its forward drew from them
+
+
 class CellGenerators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Hands every random operator of this thread a generator seeded for the cell that runs."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, own: torch.device | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -50,12 +60,44 @@ class CellGenerators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._seed = 0
         self._generators: dict[torch.device, Generator] = {}
         self._fresh: set[torch.device] = set()
+        self._brought: Brought = {}
+        self._met: Brought = {}
+        self._again = False
+        self._recording = False
 
-    def seed(self, seed: int) -> None:
-        """Start a cell: its first draw on each device seeds that device's generator."""
+    def __enter__(self) -> Self:
+        # Not as inherited: that keeps flags of the process, which threads leaving in another order than they came
+        # would leave set for ever, and torch.compile would silently do nothing from then on.
+        _push_on_torch_dispatch_stack(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _pop_torch_dispatch_stack(None)
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled cells stay compiled; the operators that their kernels call are seen."""
+        return True
+
+    @contextmanager
+    def running(self, seed: int, brought: Brought, again: bool) -> Iterator[None]:
+        """Run a cell inside: its first draw on each device seeds that device's generator.
+
+        Args:
+            seed: The seed.
+            brought: Filled with the generators the cell brings; or, if it runs ``again``, what forward filled it with.
+            again: This is a recompute: brought generators draw what they drew in forward, and forget it afterwards.
+        """
         self.drew = False
-        self._seed = seed
+        self._seed, self._brought, self._again, self._recording = seed, brought, again, torch.is_grad_enabled()
         self._fresh.clear()
+        self._met.clear()
+        try:
+            with self:
+                yield
+        finally:
+            for generator, state in self._met.items() if again else ():
+                generator.set_state(state)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -65,16 +107,33 @@ class CellGenerators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         draw = _draw_of(func)
         if draw is None or not draw.happens(args, kwargs):
             return func(*args, **kwargs)
-        if draw.generator_of(args, kwargs) is not None:  # the cell brought a generator of its own
+        if (own := draw.generator_of(args, kwargs)) is not None:
+            self._meet(own)
             return func(*args, **kwargs)
         device = _device_of(args, kwargs)
         if device == self._own:
             return func(*args, **kwargs)
+        if self._recording and _inside_torch_checkpoint():
+            raise RuntimeError(
+                "a cell draws random numbers inside torch.utils.checkpoint, whose recompute would not repeat them: "
+                "leave that out, and let GPipe(checkpoint='always') recompute the cells of this stage"
+            )
         self.drew = True
         generator = self._generator(device)
         if draw.overload is not None:
-            return draw.overload(*args, **kwargs, generator=generator)
+            return draw.overload(*args, **{**kwargs, "generator": generator})
         return _with_default(generator, lambda: func(*args, **kwargs))
+
+    def _meet(self, generator: Generator) -> None:
+        """A draw from a generator the cell brought: in a recompute, the first starts where forward's first started."""
+        self.drew = True
+        if generator in self._met:
+            return
+        self._met[generator] = generator.get_state()
+        if self._again and generator in self._brought:
+            generator.set_state(self._brought[generator])
+        elif not self._again:
+            self._brought[generator] = self._met[generator]
 
     def _generator(self, device: torch.device) -> Generator:
         if device not in self._generators:
@@ -89,9 +148,12 @@ class _Draw:
     """What is to be known of a random operator: how to give it a generator, and when it draws nothing."""
 
     def __init__(self, func: Any) -> None:
-        names = [argument.name for argument in func._schema.arguments]
+        arguments = func._schema.arguments if isinstance(func, OpOverload) else ()
+        names = [argument.name for argument in arguments]
         self._positions = {name: i for i, name in enumerate(names)}
-        self.overload: Callable[..., Any] | None = func if "generator" in names else _generator_overload(func)
+        self.overload: Callable[..., Any] | None = None
+        if isinstance(func, OpOverload):
+            self.overload = func if "generator" in names else _generator_overload(func)
 
     def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         position = self._positions.get(name)
@@ -110,6 +172,8 @@ class _Draw:
 
 @cache
 def _draw_of(func: Any) -> _Draw | None:
+    if not isinstance(func, OpOverload):
+        return _Draw(func)  # an operator of higher order: what it runs may draw
     if torch.Tag.nondeterministic_seeded not in func.tags or func is torch.ops.aten._fused_sdp_choice.default:
         return None
     return _Draw(func)
@@ -129,10 +193,19 @@ def _generator_overload(func: Any) -> Callable[..., Any] | None:
 
 
 def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
-    for value in (*args, *kwargs.values()):
+    for value in tree_leaves((args, kwargs)):
         if isinstance(value, Tensor):
             return value.device
     return torch.device(kwargs.get("device") or "cpu")
+
+
+def _inside_torch_checkpoint() -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        frame = frame.f_back
+    return False
 
 
 _default_generator_lock = threading.Lock()
@@ -149,6 +222,11 @@ def _with_default(generator: Generator, run: Callable[[], Any]) -> Any:
         finally:
             generator.set_state(default.get_state())
             default.set_state(callers)
+
+
+def _default_state() -> Tensor:
+    with _default_generator_lock:  # no other stage's draws are in it
+        return torch.default_generator.get_state()
 
 
 def _default_generator(device: torch.device) -> Generator:
@@ -174,34 +252,36 @@ class Draws:
         self._mode = CellGenerators(own)
 
     @contextmanager
-    def cell(self, cell: int, seed: int, observe: bool) -> Iterator[None]:
-        """Run cell number ``cell`` of the stage inside; ``observe`` looks whether it draws."""
+    def cell(self, cell: int, seed: int, observe: bool, brought: Brought, again: bool) -> Iterator[None]:
+        """Run cell number ``cell`` of the stage inside; ``observe`` looks whether it draws.
+
+        ``brought`` and ``again`` are for the generators the cell brings, see ``CellGenerators.running``.
+        """
         if self._own is not None:
             self._own.manual_seed(seed)
         if not (observe or self._drawing[cell]):
             yield
             return
-        self._mode.seed(seed)
-        with self._mode:
+        with self._mode.running(seed, brought, again):
             yield
         self._drawing[cell] |= self._mode.drew
 
     @contextmanager
     def guard(self, stage: str) -> Iterator[None]:
         """Leave the default generators as they were, and notice draws that went past the mode."""
-        before = torch.default_generator.get_state()
+        before = _default_state()
         own = None if self._own is None else self._own.get_state()
         try:
             yield
         finally:
             if self._own is not None and own is not None:
                 self._own.set_state(own)
-        if not all(self._drawing) and not torch.equal(before, torch.default_generator.get_state()):
+        if not all(self._drawing) and not torch.equal(before, _default_state()):
             self._drawing = [True] * len(self._drawing)
             warnings.warn(
                 f"torch's default generator moved while {stage} ran: either another thread of yours draws from it, or "
-                "a cell drew random numbers on this micro-batch that drew none on the first. If it is the latter, this "
-                "mini-batch is not reproducible; from now on the draws of this stage are seeded per cell.",
+                "a cell drew random numbers in backward, or on this micro-batch and not on the first. If a cell did, "
+                "this mini-batch is not reproducible; from now on this stage's draws in forward are seeded per cell.",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -23,6 +23,8 @@ def check_chunks(chunks: Any) -> int:
 
 def check_balance(balance: Iterable[Any], cells: int) -> list[int]:
     """``balance`` as a list of positive ints that sum to ``cells``."""
+    if not isinstance(balance, Iterable):
+        raise TypeError(f"balance must be a list of ints, the number of cells of every stage, got {balance!r}")
     given = list(balance)
     if not all(isinstance(n, int) and not isinstance(n, bool) for n in given):
         raise TypeError(f"balance must be ints, the number of cells of every stage, got {given!r}")
@@ -57,11 +59,14 @@ def check_devices(devices: Iterable[Any] | None, stages: int | None) -> list[tor
         kind = torch.accelerator.current_accelerator()
         assert kind is not None
         devices = [torch.device(kind.type, i) for i in range(torch.accelerator.device_count())]
+    if isinstance(devices, str) or not isinstance(devices, Iterable):
+        raise TypeError(f"devices must be a list, one device for every stage, got {devices!r}: [{str(devices)!r}]?")
     found = [_indexed(torch.device(d)) for d in devices]
     if stages is not None and len(found) < stages:
         raise IndexError(
             f"too few devices to hold the stages: {stages} stages, {len(found)} devices "
-            f"({', '.join(map(str, found))}). Give a shorter balance, or name a device more than once to put several stages on it"
+            f"({', '.join(map(str, found))}). Give a shorter balance, or name a device more than once to put several "
+            "stages on it"
         )
     if not found:
         raise IndexError("devices is empty: name one device per stage, or leave devices out")
@@ -73,6 +78,15 @@ def _indexed(device: torch.device) -> torch.device:
     if device.type == "cpu" or device.index is not None:
         return torch.device("cpu") if device.type == "cpu" else device
     return torch.device(device.type, torch.accelerator.current_device_index())
+
+
+def check_seed(seed: Any) -> int:
+    """``seed`` as an int; None draws it from torch's default generator."""
+    if seed is None:
+        return int(torch.randint(0, 2**63 - 1, (), device="cpu"))
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, the base seed of random draws in the cells, or None, got {seed!r}")
+    return seed
 
 
 def check_checkpoint(checkpoint: Any, stages: int) -> Checkpoint:

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from gpipe.batchnorm import Statistics
-from gpipe.boundary import Boundary, Gradients
-from gpipe.buffers import ChangingBuffers, Snapshot, rewound
+from gpipe.boundary import Boundary, Gradients, leaves_once
+from gpipe.buffers import Before, ChangingBuffers, rewound
 from gpipe.phase import Phase, running
-from gpipe.rng import Draws, cell_seed
+from gpipe.rng import Brought, Draws, cell_seed
 
-Head = Callable[[int, Any], Tensor]
+
+class Head(Protocol):
+    """Computes the loss of one micro-batch from the last stage's output, where the workers do that.
+
+    Attributes:
+        module: The loss as a module, if it is one.
+    """
+
+    module: nn.Module | None
+
+    def __call__(self, micro_batch: int, output: Any) -> Tensor:
+        """The micro-batch's share of the loss."""
 
 
 class Stage:
@@ -44,7 +55,7 @@ class Stage:
         self.first_cell = first_cell
         self.device = device
         self.draws = Draws(len(cells) + 1, device if alone and device.type != "cpu" else None)
-        self.buffers = ChangingBuffers(self.cells)
+        self.buffers = ChangingBuffers()
 
     def __str__(self) -> str:
         last = self.first_cell + len(self.cells) - 1
@@ -65,7 +76,7 @@ class _Saved:
 
     boundary: Boundary
     versions: tuple[int, ...]
-    buffers: Snapshot
+    before: Before
     outputs_need_grad: tuple[bool, ...]
 
 
@@ -92,6 +103,7 @@ class Flight:
     cell: str | None = None
     _graphs: dict[int, _Graph] = field(default_factory=dict)
     _saved: dict[int, _Saved] = field(default_factory=dict)
+    _brought: dict[tuple[int, int], Brought] = field(default_factory=dict)
     _observed: bool = False
 
     def forward(self, m: int, boundary: Boundary) -> Boundary:
@@ -106,14 +118,14 @@ class Flight:
     def _forward_dropping(self, m: int, boundary: Boundary) -> Boundary:
         """Forward that keeps the boundary alone.
 
-        The graph is recorded, but its saved tensors are dropped as they come. Under ``no_grad`` nobody would know which
-        outputs need a gradient, and some operators would take another path than in the recompute.
+        A graph is recorded, and let go at the end. Under ``no_grad`` nobody would know which outputs need a gradient,
+        and some operators would take another path than in the recompute.
         """
         versions = boundary.versions()
         phase = Phase(m, checkpointing=True, statistics=self.statistics)
-        with self.stage.buffers.watched() as buffers, saved_tensors_hooks(_drop, _dropped):
+        with self.stage.buffers.watched(self.modules) as before:
             _, outputs = self._record(phase, boundary.copy())
-        self._saved[m] = _Saved(boundary, versions, buffers, outputs.needs_grad)
+        self._saved[m] = _Saved(boundary, versions, before, outputs.needs_grad)
         return outputs
 
     def recompute(self, m: int) -> None:
@@ -128,7 +140,7 @@ class Flight:
                 "modify a clone, or wrap with checkpoint='never'"
             )
         boundary = saved.boundary.copy() if self.keep_graph else saved.boundary
-        with rewound(saved.buffers):
+        with rewound(saved.before):
             phase = Phase(m, recomputing=True, statistics=self.statistics)
             self._graphs[m], outputs = self._record(phase, boundary)
         if outputs.needs_grad != saved.outputs_need_grad:
@@ -168,10 +180,11 @@ class Flight:
 
     def _record(self, phase: Phase, boundary: Boundary) -> tuple[_Graph, Boundary]:
         arrived: Gradients = []
+        versions = boundary.versions()
         output = self._run(phase, boundary.open(arrived))
+        boundary.check_writes(versions)
         cut = Boundary.of(output)
-        leaves = torch.utils._pytree.tree_leaves(output)
-        roots = [(i, leaf) for i, leaf in enumerate(leaves) if cut.needs_grad[i]]
+        roots = [(i, leaf) for i, leaf in enumerate(leaves_once(output)[0]) if cut.needs_grad[i]]
         return _Graph(roots, arrived), cut
 
     def _run(self, phase: Phase, value: Any) -> Any:
@@ -181,21 +194,24 @@ class Flight:
             for i, cell in enumerate(stage.cells):
                 self.cell = f"{stage.names[i]} ({type(cell).__name__})"
                 seed = cell_seed(self.seed, self.step, m, stage.first_cell + i)
-                with stage.draws.cell(i, seed, observe):
+                with stage.draws.cell(i, seed, observe, self._generators(m, i), phase.recomputing):
                     value = cell(value)
             if self.head is not None:
                 self.cell = "loss_fn"
                 seed = cell_seed(self.seed, self.step, m, stage.first_cell + len(stage.cells))
-                with stage.draws.cell(len(stage.cells), seed, observe):
+                brought = self._generators(m, len(stage.cells))
+                with stage.draws.cell(len(stage.cells), seed, observe, brought, phase.recomputing):
                     value = self.head(m, value)
         self.cell = None
         self._observed = True
         return value
 
+    def _generators(self, m: int, cell: int) -> Brought:
+        """Where the states of the generators a cell brings are kept for its recompute."""
+        return self._brought.setdefault((m, cell), {}) if m in self.recomputed else {}
 
-def _drop(tensor: Tensor) -> None:
-    return None
-
-
-def _dropped(nothing: None) -> Tensor:
-    raise RuntimeError("this forward's activations were dropped and are recomputed before backward")
+    @cached_property
+    def modules(self) -> list[nn.Module]:
+        """All modules that forward runs."""
+        heads = [self.head.module] if self.head and self.head.module else []
+        return [m for module in (*self.stage.cells, *heads) for m in module.modules()]

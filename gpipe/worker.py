@@ -136,7 +136,13 @@ class Workers:
 
         Raises:
             BaseException: What the first failing job raised, or what interrupted the caller, once all jobs have ended.
+            RuntimeError: The threads are those of another process, which this one was forked from.
         """
+        if not self.usable():
+            raise RuntimeError(
+                "this process was forked after the mini-batch went forward, and its workers stayed in the other: "
+                "run forward and backward in the same process"
+            )
         done: SimpleQueue[None] = SimpleQueue()
         runs = [_Once(job, done, abort) for job in jobs]
         waiting = list(zip(self._jobs, runs, strict=True))
@@ -152,6 +158,8 @@ class Workers:
                 interrupt = error
                 abort()
         failure = interrupt or next((e for e in (run.error for run in runs) if e is not None), None)
+        for run in runs:
+            run.error = None  # its traceback holds the run: keep no cycle
         del runs, waiting
         if failure is not None:
             try:
@@ -181,6 +189,7 @@ class _Once:
         except BaseException as error:
             self.error = error
             self._abort()
+        del job  # before the caller goes on: what it holds is the caller's to free
         self.ended = True
         self._done.put(None)
 

@@ -126,7 +126,11 @@ def test_other_failures_have_their_own_exit_code(tmp_path: Path, monkeypatch: py
     result = invoke("train", tiny_run.write(tmp_path), "--set", "optimizer={name: SGD, lr: 1e30}")
     assert result.exit_code == 1
     assert "step 2: the loss is nan; there is no save yet" in result.stderr
-    monkeypatch.setattr("gpipe.training.cli.make_plan", lambda *_: signal.raise_signal(signal.SIGINT))
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gpipe.training.cli.make_plan", interrupted)
     result = invoke("train", tiny_run.write(tmp_path))
     assert result.exit_code == 130
     assert result.stderr == "stopped at once; what was saved before stays\n"
@@ -143,13 +147,25 @@ def test_eval_prints_a_table_and_writes_it(finished: Path, tmp_path: Path) -> No
 
 
 def test_eval_writes_where_it_is_told(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "gpipe.training.scoring.evaluate", lambda model, data, *, batch_size: {"a": {"b": 0.5, "c": float(batch_size)}}
-    )
-    result = invoke("eval", finished, "--json", tmp_path / "new" / "scores.json", "--batch-size", 7)
+    def evaluate(model: object, data: object, *, batch_size: int) -> dict[str, dict[str, float]]:
+        return {"a": {"b": 0.5, "rows": float(batch_size), "threads": float(torch.get_num_threads())}}
+
+    monkeypatch.setattr("gpipe.training.scoring.evaluate", evaluate)
+    torch.set_num_threads(before := torch.get_num_threads() + 1)
+    try:
+        result = invoke("eval", finished, "--json", tmp_path / "new" / "scores.json", "--batch-size", 7)
+    finally:
+        torch.set_num_threads(before - 1)
     assert result.exit_code == 0, result.output
     assert "0.5000" in result.stdout
-    assert json.loads((tmp_path / "new" / "scores.json").read_text()) == {"a": {"b": 0.5, "c": 7.0}}
+    written = json.loads((tmp_path / "new" / "scores.json").read_text())
+    assert written == {"a": {"b": 0.5, "rows": 7.0, "threads": float(before)}}
+
+
+def test_eval_on_a_device_that_is_not_there(finished: Path) -> None:
+    result = invoke("eval", finished, "--device", "nowhere")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("--device: 'nowhere' cannot be used here: ")
 
 
 def copied(finished: Path, folder: Path, weights: dict[str, torch.Tensor] | None) -> Path:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from gpipe.training.data import DataConfig, build_data
@@ -72,7 +73,8 @@ def test_digits():
 
 
 def test_digits_batch_pairs_image_and_caption():
-    data = build(name="digits", augment=None)
+    templates = ["{}", "a {}", "the number {}", "this is a {}", "one more {} is here", "what a fine {} this is"]
+    data = build(name="digits", augment=None, templates=templates)
     (images, tokens, end), targets = data.batch(0, 300)
     assert targets is None
     assert (images.shape, tokens.shape, end.shape) == ((300, 1, 8, 8), (300, 16), (300,))
@@ -135,6 +137,8 @@ def test_templates_need_one_place_for_the_class():
 def test_tokenizer_is_found_by_its_path():
     with pytest.raises(ValueError, match=r"tokenizer: expected a dotted path such as .*WordTokenizer.*no_such"):
         build(name="digits", tokenizer="gpipe.models.tokenizer.no_such")
+    with pytest.raises(ValueError, match=r"tokenizer: expected a callable of \(texts, context_length\), got math"):
+        build(name="digits", tokenizer="math.sqrt")
 
 
 # Coloured digits
@@ -204,3 +208,15 @@ def test_coloured_validation_holds_out_digits_in_every_tint():
 
     assert not shapes(division.train_images) & shapes(division.test_images)
     assert not shapes(data.test_images) & shapes(division.test_images)
+
+
+# Examples
+
+
+@pytest.mark.parametrize("example", ["clip_digits", "clip_colours"])
+def test_examples_fit_their_tokenizer(example):
+    file = yaml.safe_load((Path(__file__).parents[1] / "examples" / f"{example}.yaml").read_text())
+    tokenizer = build(**file["data"]).tokenizer
+    arguments = file["model"]["arguments"]
+    assert arguments["vocabulary_size"] == tokenizer.vocabulary_size
+    assert arguments["context_length"] == tokenizer.context_length

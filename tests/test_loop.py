@@ -1,8 +1,10 @@
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import tiny_run
@@ -10,8 +12,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
+import gpipe
 from gpipe.models.contrastive import ContrastiveLoss
+from gpipe.training.build import build, make_plan
 from gpipe.training.errors import ConfigurationError, Interrupted, RunError
+from gpipe.training.reading import read_configuration
 from gpipe.training.saving import read_weights
 
 MODULE = "users_own_module"
@@ -19,10 +24,12 @@ OWN_LOSS = {"factory": f"{MODULE}.build"}
 
 
 @pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
+def _process() -> Iterator[None]:
+    """Leave the process as it was; and have SIGINT do what it does in a foreground job, wherever the tests run."""
+    threads, handler = torch.get_num_threads(), signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture
@@ -74,9 +81,11 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     assert "logit_scale" in found
     assert "visual.conv1.weight" in found
     lines = printed.splitlines()
-    assert [line.split()[1] for line in lines[:4]] == ["3/12", "6/12", "9/12", "12/12"]
-    assert "samples/s" in lines[0]
-    assert "left" in lines[0]
+    told = r".*clip: [\d,]+ parameters; cells per stage: \d on cpu, \d on cpu; 12 steps of 8 rows in 3 micro-batches"
+    assert re.fullmatch(told, lines[0])
+    assert [line.split()[1] for line in lines[1:5]] == ["3/12", "6/12", "9/12", "12/12"]
+    assert "samples/s" in lines[1]
+    assert "left" in lines[1]
     assert f"weights   {folder / 'weights.safetensors'}" in lines
     assert f"evaluate  gpipe eval {folder}" in lines
 
@@ -103,6 +112,22 @@ def test_settings_that_do_change_bits(tmp_path: Path, uninterrupted: bytes, over
     tiny_run.run(tiny_run.write(tmp_path), override)
     assert weights(tmp_path / "run") != uninterrupted
     assert all(w.dtype == torch.float32 for w in read_weights(tmp_path / "run" / "weights.safetensors").values())
+
+
+def test_every_stage_gets_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPipe divides the threads it finds among its workers; the main thread has as many whatever the stages."""
+    found: list[int] = []
+
+    class Watched(gpipe.GPipe):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            found.append(torch.get_num_threads())
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(gpipe, "GPipe", Watched)
+    file = tiny_run.write(tmp_path)
+    build(make_plan(read_configuration(file, ["pipeline.stages=3", "pipeline.threads=2"]), file))
+    assert found == [6]
+    assert torch.get_num_threads() == 2
 
 
 def test_low_precision_is_the_same_for_every_number_of_stages(tmp_path: Path) -> None:

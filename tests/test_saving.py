@@ -79,7 +79,11 @@ def other_torch_file(path: Path) -> None:
     torch.save({"step": 10}, path)
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, cut_off, empty, other_torch_file])
+def of_another_version(path: Path) -> None:
+    torch.save(save_of(10) | {"format": saving.FORMAT + 1}, path)
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_off, empty, other_torch_file, of_another_version])
 def test_a_damaged_save_is_passed_over(tmp_path: Path, damage: object) -> None:
     for step in (5, 10):
         write_save(tmp_path, save_of(step))

@@ -43,14 +43,14 @@ class Job:
     """All that one run trains with.
 
     Attributes:
-        configuration: What the file says.
+        plan: What it was built from.
         pipe: The model in its stages.
         loss: On the device of the last stage.
         data: Gives batches by step.
         optimizer: Over the parameters of both.
     """
 
-    configuration: Configuration
+    plan: Plan
     pipe: gpipe.GPipe
     loss: Loss
     data: Data
@@ -152,7 +152,7 @@ def build(plan: Plan) -> Job:
         optimizer = build_optimizer(configuration.optimizer, parameters)
     except FactoryError as error:
         raise ConfigurationError(plan.source, error.problems) from error
-    return Job(configuration, pipe, loss, data, optimizer)
+    return Job(plan, pipe, loss, data, optimizer)
 
 
 def loss_state(loss: Loss) -> dict[str, Any]:

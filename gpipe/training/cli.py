@@ -69,6 +69,9 @@ def train(
 def evaluate_run(
     folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="The output folder of gpipe train.")],
     batch_size: Annotated[int, typer.Option(min=1, help="Rows evaluated at a time.")] = 256,
+    device: Annotated[
+        str | None, typer.Option(help="Where the model runs.  [default: the accelerator, if there is one, or cpu]")
+    ] = None,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", metavar="PATH", help="Where to write the scores.  [default: RUN_FOLDER/eval.json]"),
@@ -77,7 +80,7 @@ def evaluate_run(
     """Evaluate the weights of a finished run."""
     with _told():
         console = Console()
-        scores, written = score(folder, batch_size=batch_size, json_file=json_file)
+        scores, written = score(folder, batch_size=batch_size, device=device, json_file=json_file)
         console.print(_table(scores))
         tell(console, f"written to {written}")
 

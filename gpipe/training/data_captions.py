@@ -62,9 +62,9 @@ class Pairs:
         matches = torch.stack((place[kept[:, 0]], text), dim=1)
         return Pairs(Subset(self.images, images), [self.texts[row] for row in used.tolist()], matches)
 
-    def divide(self, index: int) -> tuple[Pairs, Pairs]:
+    def divide(self) -> tuple[Pairs, Pairs]:
         """Four fifths of the images and the fifth that is held out, the same ones every time."""
-        kept, held = hold_out(torch.zeros(len(self.images), dtype=torch.int64), 0.2, index)
+        kept, held = hold_out(torch.zeros(len(self.images), dtype=torch.int64), 0.2)
         return self.take(kept), self.take(held)
 
 
@@ -76,7 +76,6 @@ class CaptionedImages:
         test: Pairs to be judged on.
         config: The settings.
         seed: The run's seed; batches are drawn by it and the step alone.
-        depth: How often the training part has been divided for validation.
 
     Attributes:
         test_images: The test images as a model is given them.
@@ -87,10 +86,10 @@ class CaptionedImages:
 
     task: Literal["contrastive"] = "contrastive"
 
-    def __init__(self, train: Pairs, test: Pairs, config: CaptionsConfig, *, seed: int, depth: int = 0) -> None:
+    def __init__(self, train: Pairs, test: Pairs, config: CaptionsConfig, *, seed: int) -> None:
         generator(seed, DRAW, 0)  # refuses a bad seed now
         self.train, self.test, self.config = train, test, config
-        self.seed, self.depth = seed, depth
+        self.seed = seed
         self.rows = len(train.matches)
         self.tokenizer: Tokenizer = make_tokenizer(config.tokenizer, train.texts, config.context_length)
         self._tokens, self._end = self.tokenizer(list(train.texts))  # (texts, T), (texts,)
@@ -113,8 +112,8 @@ class CaptionedImages:
 
     def validation(self) -> CaptionedImages:
         """The same data with a fifth of the training images in the test part's place, and left out of training."""
-        kept, held = self.train.divide(self.depth + 1)
-        return CaptionedImages(kept, held, self.config, seed=self.seed, depth=self.depth + 1)
+        kept, held = self.train.divide()
+        return CaptionedImages(kept, held, self.config, seed=self.seed)
 
 
 def captions_csv(config: CaptionsConfig, *, seed: int) -> CaptionedImages:
@@ -125,7 +124,7 @@ def captions_csv(config: CaptionsConfig, *, seed: int) -> CaptionedImages:
             line numbers.
     """
     if config.test_path is None:
-        train, test = _read(config.path, config, "path").divide(0)
+        train, test = _read(config.path, config, "path").divide()
     else:
         train, test = _read(config.path, config, "path"), _read(config.test_path, config, "test_path")
     data = CaptionedImages(train, test, config, seed=seed)

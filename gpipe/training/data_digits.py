@@ -41,7 +41,6 @@ UNSEEN = ((0, 3), (5,), (6,))
 
 
 class _Digits(DataSettings):
-    task: Task = "contrastive"
     augment: Augment | None = Augment(degrees=15.0, scale=0.15, shift=1.0)
     tokenizer: str = WORD_TOKENIZER
     context_length: int = Field(default=16, ge=3)
@@ -51,6 +50,7 @@ class DigitsConfig(_Digits):
     """The 1,797 digits; a stratified fifth is the test part."""
 
     name: Literal["digits"]
+    task: Task = "contrastive"
     templates: list[str] = DIGIT_TEMPLATES
 
 
@@ -58,6 +58,7 @@ class ColouredDigitsConfig(_Digits):
     """Every digit in eight colours; 20 of the 80 (digit, colour) pairs are never shown in training."""
 
     name: Literal["coloured_digits"]
+    task: Literal["contrastive"] = "contrastive"  # what was never shown cannot be a class
     templates: list[str] = COLOUR_TEMPLATES
 
 
@@ -108,7 +109,7 @@ def _coloured(train: Part, test: Part, depth: int) -> Parts:
     """Tint both parts: the training part in the pairs it may show, the test part in the unseen pairs as well."""
 
     def validation() -> Parts:
-        kept, held = hold_out(train.labels, 0.2, index=depth + 1)
+        kept, held = hold_out(train.labels, 0.2)
         return _coloured(train.take(kept), train.take(held), depth + 1)
 
     offset = (torch.arange(8) - torch.arange(10)[:, None]) % 8  # (digit, colour)

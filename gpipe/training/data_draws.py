@@ -69,7 +69,7 @@ def batch_rows(seed: int, step: int, rows: int, total: int) -> Tensor:
     return torch.cat(parts)
 
 
-def hold_out(labels: Tensor, fraction: float, index: int = 0) -> tuple[Tensor, Tensor]:
+def hold_out(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     """Divide rows into two parts with the same mix of labels; always the same for the same labels.
 
     The rows are shuffled, sorted by label, and evenly spaced ones held out. The shuffle does not depend on the run's
@@ -78,20 +78,19 @@ def hold_out(labels: Tensor, fraction: float, index: int = 0) -> tuple[Tensor, T
     Args:
         labels: (N,) int64; give zeros where rows have no labels.
         fraction: Share of the rows to hold out, above 0 and at most 0.5.
-        index: A number for each further, unrelated division of the same rows.
 
     Returns:
         Row numbers, in increasing order: (N - H,) kept and (H,) held out, where H = ceil(fraction * N).
 
     Raises:
-        ValueError: If ``fraction`` is outside its range, or a part would be empty.
+        ValueError: If ``fraction`` is outside its range, or there are fewer than 2 rows.
     """
     if not 0 < fraction <= 0.5:
         raise ValueError(f"expected a held-out fraction above 0 and at most 0.5, got {fraction}")
     total = len(labels)
     if total < 2:
         raise ValueError(f"expected at least 2 rows to hold some out, got {total}: give more data")
-    shuffled = torch.randperm(total, generator=generator(0, SPLIT, index), device="cpu")
+    shuffled = torch.randperm(total, generator=generator(0, SPLIT, 0), device="cpu")
     by_label = shuffled[torch.sort(labels[shuffled], stable=True).indices]
     quota = [math.ceil(round(row * fraction, 9)) for row in range(total + 1)]
     chosen = torch.tensor([after > before for before, after in itertools.pairwise(quota)])

@@ -50,12 +50,12 @@ class Parts:
     groups: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def stratified(train: Part, test: Part, depth: int = 0) -> Parts:
+def stratified(train: Part, test: Part) -> Parts:
     """Parts whose validation part is a fifth of every class of the training part."""
 
     def validation() -> Parts:
-        kept, held = hold_out(train.labels, 0.2, index=depth + 1)
-        return stratified(train.take(kept), train.take(held), depth + 1)
+        kept, held = hold_out(train.labels, 0.2)
+        return stratified(train.take(kept), train.take(held))
 
     return Parts(train, test, validation)
 

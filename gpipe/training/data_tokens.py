@@ -39,10 +39,12 @@ def make_tokenizer(path: str, texts: Sequence[str], context_length: int) -> Toke
         context_length: Tokens of every text.
 
     Raises:
-        ValueError: If there is no such callable.
+        ValueError: If there is no such callable, or it does not take these two arguments.
     """
     try:
         tokenizer: Tokenizer = resolve(path)(list(texts), context_length)
     except FactoryError as error:
         raise ValueError(f"tokenizer: expected a dotted path such as {WORD_TOKENIZER}: {error}") from error
+    except TypeError as error:
+        raise ValueError(f"tokenizer: expected a callable of (texts, context_length), got {path}: {error}") from error
     return tokenizer

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserErro
 from pydantic_core import to_json
 from typing_extensions import TypedDict
 
-from gpipe.training.problems import close_match, tell
+from gpipe.training.problems import close_match, described
 
 
 class FactoryError(ValueError):
@@ -99,7 +99,7 @@ def checked_arguments(
         result: dict[str, Any] = adapter.validate_json(to_json(dict(arguments)), strict=True)
     except ValidationError as error:
         names = [p.name for p in named]
-        lines = tell(error, dict(arguments), lambda path: names if not path else (), prefix)
+        lines = described(error, dict(arguments), lambda path: names if not path else (), prefix)
         raise FactoryError(*lines) from None
     return result
 

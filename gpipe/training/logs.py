@@ -46,14 +46,14 @@ class Logs:
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:.0f} samples/s"),
+            TextColumn("{task.fields[loss]}  {task.fields[speed]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task("", total=steps, completed=start, loss=float("nan"), speed=0.0)
+        self._task = self._progress.add_task("", total=steps, completed=start, loss="", speed="")
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -67,10 +67,6 @@ class Logs:
             return
         with self._writing() if error is None else suppress(OSError):
             self._writer.close()
-
-    def tell(self, message: str) -> None:
-        """Print a line above the bar."""
-        tell(self._console, message)
 
     def flush(self) -> None:
         """Have the disk hold all points so far."""
@@ -93,10 +89,10 @@ class Logs:
             speed = (step - self._last_step) * self._batch_size / max(now - self._last_time, 1e-9)
             self._last_time, self._last_step = now, step
             self._write(step, result, speed, busy, devices)
-            self._progress.update(self._task, speed=speed)
+            self._progress.update(self._task, speed=f"{speed:.0f} samples/s")
             if not self._console.is_terminal:
-                self.tell(self._line(step, result, speed))
-        self._progress.update(self._task, completed=step, loss=result.loss)
+                tell(self._console, self._line(step, result, speed))
+        self._progress.update(self._task, completed=step, loss=f"loss {result.loss:.4f}")
 
     def _write(
         self, step: int, result: StepResult, speed: float, busy: Sequence[float], devices: Iterable[torch.device]

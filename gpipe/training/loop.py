@@ -40,22 +40,36 @@ def train(
     folder = RunFolder(plan.configuration.output)
     before = folder.check(plan.configuration, plan.source, resume)
     job = build(plan)
+    say = partial(tell, console)
+    say(_described(job))
     trainer = Trainer(job)
     if resume:
-        _resume(plan, job, trainer, before, partial(tell, console))
+        _resume(job, trainer, folder, before, say)
     began, start = time.monotonic(), trainer.step
     try:
-        result = _run(plan, job, trainer, folder, console, resume_command)
+        result = _run(job, trainer, folder, console, resume_command)
     except NonFiniteError as error:
         raise _advised(error, folder) from error
     write_weights(folder.weights, {**job.pipe.state_dict(), **loss_state(job.loss)})
-    _report(console, folder, trainer.step - start, time.monotonic() - began, result)
+    _report(say, folder, trainer.step - start, time.monotonic() - began, result)
     return folder.weights
 
 
-def _resume(plan: Plan, job: Job, trainer: Trainer, before: Configuration | None, say: Callable[[str], None]) -> None:
+def _described(job: Job) -> str:
+    pipe, configuration = job.pipe, job.plan.configuration
+    size = sum(parameter.numel() for parameter in pipe.parameters())
+    stages = ", ".join(f"{cells} on {device}" for cells, device in zip(pipe.balance, pipe.devices, strict=True))
+    training = configuration.training
+    return (
+        f"{configuration.model.factory}: {size:,} parameters; cells per stage: {stages}; "
+        f"{training.steps} steps of {training.batch_size} rows in {pipe.chunks} micro-batches"
+    )
+
+
+def _resume(
+    job: Job, trainer: Trainer, folder: RunFolder, before: Configuration | None, say: Callable[[str], None]
+) -> None:
     """Bring the trainer to where the run in the output folder was, and say what is not as it was."""
-    folder = RunFolder(plan.configuration.output)
     save = newest_save(folder.saves, warn=lambda message: say(f"warning: {message}"))
     if save is None or before is None:
         say(f"{folder.path} holds no save to resume: starting at step 0")
@@ -65,7 +79,7 @@ def _resume(plan: Plan, job: Job, trainer: Trainer, before: Configuration | None
     for thing, now in written_with(job).items():
         if (then := save["written_with"].get(thing)) != now:
             say(f"warning: {thing} is {now} now and was {then}: the last bits of the results may differ")
-    training = plan.configuration.training
+    training = job.plan.configuration.training
     decays_to_the_end = isinstance(training.schedule, DecaySchedule) and training.schedule.decay_steps is None
     if decays_to_the_end and training.steps != before.training.steps:
         say(
@@ -74,25 +88,23 @@ def _resume(plan: Plan, job: Job, trainer: Trainer, before: Configuration | None
         )
 
 
-def _run(
-    plan: Plan, job: Job, trainer: Trainer, folder: RunFolder, console: Console, resume_command: str
-) -> StepResult | None:
+def _run(job: Job, trainer: Trainer, folder: RunFolder, console: Console, resume_command: str) -> StepResult | None:
     """All steps that are left; returns what the last one gave."""
-    training = plan.configuration.training
-    result = None
+    configuration = job.plan.configuration
+    training = configuration.training
+    result, stopped_by = None, None
     logs = Logs(
         folder.path,
         console,
         steps=training.steps,
         start=trainer.step,
-        every=plan.configuration.logging.every,
+        every=configuration.logging.every,
         batch_size=training.batch_size,
     )
-    stopped_by = None
     with StopRequest() as stop, logs:
         while trainer.step < training.steps and stopped_by is None:
             result = trainer.train_step()
-            folder.claim(plan.configuration, plan.source)  # after a step: what fails at the first leaves no run behind
+            folder.claim(configuration, job.plan.source)  # after a step: what fails at the first leaves no run behind
             logs.after(trainer.step, result, job.pipe.timeline.busy, job.pipe.devices)
             stopped_by = stop.received  # looked at once, for it may change at any moment
             if stopped_by or trainer.step % training.save_every == 0 or trainer.step == training.steps:
@@ -114,12 +126,14 @@ def _advised(error: NonFiniteError, folder: RunFolder) -> RunError:
     )
 
 
-def _report(console: Console, folder: RunFolder, steps: int, seconds: float, result: StepResult | None) -> None:
-    where = shlex.quote(str(folder.path))
+def _report(
+    say: Callable[[str], None], folder: RunFolder, steps: int, seconds: float, result: StepResult | None
+) -> None:
     if result is None:
-        tell(console, "all steps were done already")
+        say("all steps were done already")
     else:
-        tell(console, f"trained {steps} steps in {timedelta(seconds=round(seconds))}; loss {result.loss:.4f}")
-    tell(console, f"weights   {folder.weights}")
-    tell(console, f"scalars   tensorboard --logdir {where}")
-    tell(console, f"evaluate  gpipe eval {where}")
+        say(f"trained {steps} steps in {timedelta(seconds=round(seconds))}; loss {result.loss:.4f}")
+    where = shlex.quote(str(folder.path))
+    say(f"weights   {folder.weights}")
+    say(f"scalars   tensorboard --logdir {where}")
+    say(f"evaluate  gpipe eval {where}")

@@ -26,7 +26,7 @@ _WORDS = {
 _NOT_IN_A_FILE = "wants an object that no file can hold; leave it out, or wrap the callable in one of your own"
 
 
-def tell(
+def described(
     error: ValidationError, given: object, allowed: Callable[[Path], Sequence[str]], prefix: str = ""
 ) -> list[str]:
     """One line for each key at fault.

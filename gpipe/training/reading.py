@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from gpipe.training.config import Configuration
 from gpipe.training.errors import ConfigurationError
-from gpipe.training.problems import allowed_keys, tell
+from gpipe.training.problems import allowed_keys, described
 
 
 class _Loader(yaml.SafeLoader):
@@ -74,7 +74,7 @@ def validate(values: dict[str, Any], source: object) -> Configuration:
     try:  # as JSON: strict about "4" and true, generous about lists for tuples and text for paths
         return Configuration.model_validate_json(text, strict=True)
     except ValidationError as error:
-        problems = tell(error, values, lambda path: allowed_keys(Configuration, path, values))
+        problems = described(error, values, lambda path: allowed_keys(Configuration, path, values))
         raise ConfigurationError(source, problems) from None
 
 

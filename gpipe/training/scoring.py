@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from gpipe.training.build import build_loss, build_model, build_run_data, loss_state, make_plan
@@ -17,12 +18,15 @@ from gpipe.training.saving import read_weights, write_text
 Scores = dict[str, dict[str, float]]
 
 
-def score(path: Path, *, batch_size: int = 256, json_file: Path | None = None) -> tuple[Scores, Path]:
+def score(
+    path: Path, *, batch_size: int = 256, device: str | None = None, json_file: Path | None = None
+) -> tuple[Scores, Path]:
     """Evaluate the run in a folder and write its scores beside its weights.
 
     Args:
         path: The output folder of ``gpipe train``.
         batch_size: Rows evaluated at a time.
+        device: Where the model runs; the accelerator when not given, or the CPU where there is none.
         json_file: Where to write the scores; ``eval.json`` in the folder when not given.
 
     Returns:
@@ -41,8 +45,11 @@ def score(path: Path, *, batch_size: int = 256, json_file: Path | None = None) -
             f"{folder.path} has no weights.safetensors: the run is not finished; go on with gpipe train --resume"
         )
     plan = make_plan(read_configuration(folder.configuration), folder.configuration)
+    threads = torch.get_num_threads()
     model, loss = build_model(plan), build_loss(plan)
+    torch.set_num_threads(threads)  # nothing is trained here: all cores may help
     _load(model, set(loss_state(loss)), read_weights(folder.weights), folder.weights)
+    _move(model, device)
     try:
         scores = evaluate(model, build_run_data(plan), batch_size=batch_size)
     except (ValueError, TypeError, NotImplementedError) as error:
@@ -50,6 +57,15 @@ def score(path: Path, *, batch_size: int = 256, json_file: Path | None = None) -
     target = json_file or folder.scores
     write_text(target, json.dumps(scores, indent=2) + "\n")
     return scores, target
+
+
+def _move(model: nn.Module, device: str | None) -> None:
+    place = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        model.to(place)
+    except Exception as error:  # each backend raises its own
+        first_line = str(error).partition("\n")[0]
+        raise ConfigurationError("--device", [f"{place!r} cannot be used here: {first_line}"]) from error
 
 
 def _load(model: nn.Module, loss_names: set[str], weights: dict[str, Tensor], file: Path) -> None:

@@ -39,7 +39,7 @@ class Trainer:
     def __init__(self, job: Job) -> None:
         self.step = 0
         self._job = job
-        self._training = job.configuration.training
+        self._training = job.plan.configuration.training
         self._clamp = getattr(job.loss, "clamp_", None)
         self._parameters = [p for group in job.optimizer.param_groups for p in group["params"]]
         job.pipe.train()
