@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,44 +19,47 @@ class Footprint:
 
     Attributes:
         activation_bytes: Kept by autograd, the cell's input excluded.
-        kept_input_bytes: Of the input, kept by autograd, and not kept for the cell before already.
         boundary_bytes: The output.
-        workspace_bytes: Needed on top while forward or backward runs; measured on accelerators only.
+        kept_inputs: Bytes of each leaf of the input that autograd keeps, by its number.
+        kept_outputs: Numbers of the leaves of the output that it keeps.
     """
 
     activation_bytes: int
-    kept_input_bytes: int
     boundary_bytes: int
-    workspace_bytes: int = 0
+    kept_inputs: Mapping[int, int]
+    kept_outputs: frozenset[int]
 
 
-class SavedStorages:
-    """Measures the cells of a chain one after the other, knowing what the cells before have kept."""
+def owned_bytes(footprints: Sequence[Footprint]) -> list[int]:
+    """Per cell of a chain what autograd keeps of it, and of its output what only the next cell's graph keeps."""
+    handed_on = [
+        sum(size for leaf, size in following.kept_inputs.items() if leaf not in cell.kept_outputs)
+        for cell, following in pairwise(footprints)
+    ]
+    return [f.activation_bytes + more for f, more in zip(footprints, [*handed_on, 0], strict=True)]
 
-    def __init__(self) -> None:
-        self._kept: dict[int, Tensor] = {}  # by storage address; held, so that no address comes twice
 
-    def measure(self, cell: nn.Module, value: Any) -> tuple[Footprint, Any]:
-        """Run ``cell`` on ``value``; gives its footprint and its output."""
-        own = {_address(t) for t in (*cell.parameters(), *cell.buffers())}
-        saved: dict[int, Tensor] = {}
+def footprint(cell: nn.Module, value: Any) -> tuple[Footprint, Any]:
+    """Run ``cell`` on ``value``; gives its footprint and its output."""
+    own = {_address(t) for t in (*cell.parameters(), *cell.buffers())}
+    saved: dict[int, Tensor] = {}  # by storage, and held, so that no address comes twice
 
-        def pack(tensor: Tensor) -> Tensor:
-            if _address(tensor) not in own:
-                saved.setdefault(_address(tensor), tensor.detach())
-            return tensor
+    def pack(tensor: Tensor) -> Tensor:
+        if _address(tensor) not in own:
+            saved.setdefault(_address(tensor), tensor.detach())
+        return tensor
 
-        opened = tree_map_only(Tensor, _opened, value)
-        inputs = {_address(t): t for t in tree_leaves(opened) if isinstance(t, Tensor)}
-        with saved_tensors_hooks(pack, _same):
-            output = cell(opened)
-        footprint = Footprint(
-            activation_bytes=sum(_bytes(t) for a, t in saved.items() if a not in inputs),
-            kept_input_bytes=sum(_bytes(t) for a, t in saved.items() if a in inputs and a not in self._kept),
-            boundary_bytes=sum(t.numel() * t.element_size() for t in tree_leaves(output) if isinstance(t, Tensor)),
-        )
-        self._kept = {**{a: t for a, t in self._kept.items() if a in inputs}, **saved}
-        return footprint, output
+    opened = tree_map_only(Tensor, _opened, value)
+    with saved_tensors_hooks(pack, _same):
+        output = cell(opened)
+    inputs = _addresses(opened)
+    found = Footprint(
+        activation_bytes=sum(_bytes(t) for address, t in saved.items() if address not in inputs.values()),
+        boundary_bytes=sum(t.numel() * t.element_size() for t in tree_leaves(output) if isinstance(t, Tensor)),
+        kept_inputs={leaf: _bytes(saved[address]) for leaf, address in inputs.items() if address in saved},
+        kept_outputs=frozenset(leaf for leaf, address in _addresses(output).items() if address in saved),
+    )
+    return found, output
 
 
 class _Open(torch.autograd.Function):
@@ -78,8 +83,14 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _addresses(tree: Any) -> dict[int, int]:
+    """The storage of each leaf that is a tensor, by the leaf's number."""
+    return {leaf: _address(t) for leaf, t in enumerate(tree_leaves(tree)) if isinstance(t, Tensor)}
+
+
 def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    address: int = tensor.untyped_storage()._cdata
+    return address
 
 
 def _bytes(tensor: Tensor) -> int:

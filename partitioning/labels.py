@@ -36,6 +36,9 @@ class Labels(Protocol):
     def score(self, k: int, first: Ints, end: Ints) -> Floats:
         """No division with this stage takes fewer seconds; infinite if the stage does not fit."""
 
+    def longest(self, seconds: float) -> Floats:
+        """For every first cell the work beyond which a stage is in no division of fewer seconds. Shape (N,)."""
+
     def part(self, k: int, first: Ints, end: Ints) -> Floor:
         """What stage ``k`` alone adds to a floor; infinite if it does not fit."""
 
@@ -77,6 +80,11 @@ class GPipeLabels:
         times = self._problem.stage(k, first, end)
         pace = times.forward * self._moves + self._pace(times, np.array([self._moves]))[..., 0]
         return np.where(times.keep >= 0, self._added + pace, np.inf)
+
+    def longest(self, seconds: float) -> Floats:
+        """As the stage may be the slowest both ways."""
+        left = (seconds - self._added) / self._moves if self._moves else np.inf
+        return np.full(self._problem.count, left)
 
     def part(self, k: int, first: Ints, end: Ints) -> Floor:
         """Bottlenecks: the whole forward, and the backward from every point of the grid to its end."""
@@ -145,6 +153,11 @@ class OneFOneBLabels:
         behind = self._problem.work[-1] - self._problem.work[end]
         seconds = self._problem.work[first] + self._own(k, times, behind)
         return np.where(times.keep >= 0, seconds, np.inf)
+
+    def longest(self, seconds: float) -> Floats:
+        """As the stage is busy with all micro-batches once the first has reached it."""
+        work: Floats = (seconds - self._problem.work[:-1]) / self._problem.micro_batches
+        return work
 
     def part(self, k: int, first: Ints, end: Ints) -> Floor:
         """The way through the stage and back, and the bound it sets."""

@@ -15,13 +15,19 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gpipe.partitioning.cells import Cell, cells_of
 from gpipe.partitioning.cost import CellCost
-from gpipe.partitioning.footprint import Footprint, SavedStorages
+from gpipe.partitioning.footprint import footprint, owned_bytes
 
 T = TypeVar("T")
 
 
 def profile(
-    module: nn.Module, sample: Any, *, device: torch.device | str | None = None, chunks: int = 1, repeats: int = 5
+    module: nn.Module,
+    sample: Any,
+    *,
+    device: torch.device | str | None = None,
+    chunks: int = 1,
+    repeats: int = 5,
+    timeout: float = 0.0,
 ) -> list[CellCost]:
     """Measure every cell of ``module`` on one micro-batch.
 
@@ -33,7 +39,8 @@ def profile(
         sample: A mini-batch of inputs: any pytree of tensors (rows, ...), all on one device.
         device: Where to measure; by default where ``sample`` is.
         chunks: Number of micro-batches; the first, largest one of ``sample`` is measured.
-        repeats: Counted rounds over all cells, after one of warm-up; seconds are medians.
+        repeats: Counted rounds over all cells, after one of warm-up, at least; seconds are medians.
+        timeout: Seconds to go on with further rounds.
 
     Returns:
         One cost per cell, in order.
@@ -50,18 +57,20 @@ def profile(
     target = sample_device(sample) if device is None else torch.device(device)
     inputs = tree_map_only(Tensor, lambda t: t.detach().to(target), first_micro_batch(sample, chunks))
     with _random_state_kept(target):
-        footprints = _chain(cells, inputs, target, SavedStorages().measure)
-        rounds = [_chain(cells, inputs, target, _seconds) for _ in range(repeats)]
+        footprints = _chain(cells, inputs, target, footprint)
+        end = perf_counter() + timeout
+        rounds = [_chain(cells, inputs, target, _seconds)]
+        while len(rounds) < repeats or perf_counter() < end:
+            rounds.append(_chain(cells, inputs, target, _seconds))
+    owned = owned_bytes(footprints)
     return [
         CellCost(
             name=name,
             forward_seconds=median(seconds[i][0] for seconds in rounds),
             backward_seconds=median(seconds[i][1] for seconds in rounds),
-            activation_bytes=footprints[i].activation_bytes,
+            activation_bytes=owned[i],
             boundary_bytes=footprints[i].boundary_bytes,
             parameter_bytes=sum(p.numel() * p.element_size() for p in cell.parameters()),
-            workspace_bytes=footprints[i].workspace_bytes,
-            kept_input_bytes=footprints[i].kept_input_bytes,
         )
         for i, (name, cell) in enumerate(cells)
     ]

@@ -180,6 +180,13 @@ def test_coloured_digits_have_the_colour_of_their_caption():
         torch.testing.assert_close(image, image.amax(dim=0) * tint[:, None, None])  # every tint's largest part is 1
 
 
+def test_coloured_digits_probe_is_the_digit():
+    data = build(name="coloured_digits")
+    for labels, digits in zip((data.parts.train.labels, data.test_labels), data.probe_labels(), strict=True):
+        names = [data.classes[label].split()[1] for label in labels.tolist()]
+        assert names == [NAMES[digit] for digit in digits.tolist()]
+
+
 def test_coloured_digits_groups_cover_the_test_images():
     groups = build(name="coloured_digits").groups
     assert {name: int(mask.sum()) for name, mask in groups.items()} == {"unseen_pairs": 720, "seen_pairs": 2160}

@@ -64,6 +64,7 @@ def cifar(tmp_path, monkeypatch):
     for i, name in enumerate(names):
         data = numpy.full((2, 3072), 40 * i, dtype=numpy.uint8)
         data[:, :1024] = 255  # the red plane comes first
+        data[:, 2 * 1024 + 5] = 7  # the blue plane's first row, sixth column
         (where / name).write_bytes(pickle.dumps({"data": data, "labels": [i % 3, (i + 1) % 3]}))
     (where / "batches.meta").write_bytes(pickle.dumps({"label_names": ["aeroplane", "bird", "cat"]}))
     monkeypatch.setattr(CIFAR10, "train_list", [[name, None] for name in names[:5]])
@@ -178,6 +179,7 @@ def test_cifar10(cifar):
     assert (images[:, 0] == 1).all()
     assert sorted(images[:, 1, 0, 0].mul(255).round().tolist()) == [0, 0, 40, 40, 80, 80, 120, 120, 160, 160]
     assert data.test_images[torch.tensor([1])][0, 2, 31, 31] == 200 / 255
+    assert (images[:, 2] == 7 / 255).nonzero()[:, 1:].tolist() == [[0, 5]] * 10
 
 
 def test_missing_cifar10_says_what_was_expected(tmp_path):
@@ -204,8 +206,11 @@ def test_captions_csv(captions):
     (images, _, end), targets = data.batch(0, data.rows)
     assert targets is None
     assert (images.shape, end.shape) == ((data.rows, 3, 4, 4), (data.rows,))
+    texts = captions_of(data, 0, data.rows)
+    assert texts.count("another word, for it") == 2 - data.captions.count("another word, for it")
+    assert len(set(texts)) == len(data.train.texts)
     numbers = images[:, 0, 0, 0].mul(255 / 50).round().int().tolist()
-    for number, text in zip(numbers, captions_of(data, 0, data.rows), strict=True):
+    for number, text in zip(numbers, texts, strict=True):
         assert text == f"picture number {number}" or (text == "another word, for it" and number in (0, 1))
 
 
@@ -288,6 +293,7 @@ def test_text_windows_are_shifted_by_one(novel):
     assert (inputs.shape, inputs.dtype) == ((11, 8), torch.int64)
     assert torch.equal(targets, inputs + 1)  # byte i of the file is i
     assert sorted(inputs[:, 0].tolist()) == list(range(0, 88, 8))
+    assert build(name="text", path=novel, context_length=9).rows == 9  # the last byte of a part can only be a target
     inputs, targets = data.test_batch(torch.tensor([0]))
     assert (inputs.tolist(), targets[0, -1]) == ([list(range(90, 98))], 98)
 

@@ -92,7 +92,11 @@ FAN = torch.stack((ANGLES.cos(), ANGLES.sin()), dim=1)  # five directions, no tw
 @pytest.mark.parametrize("chunk", [1, 2, 1024])
 def test_ranks(chunk):
     matches = pairs((2, 3), (0, 3), (1, 0))
-    assert ranks(FAN[:3], 7 * FAN, matches, chunk=chunk).tolist() == [4, 2, 3]
+    assert ranks(FAN[:3], FAN * torch.tensor([[5.0], [1.0], [2.0], [4.0], [3.0]]), matches, chunk=chunk).tolist() == [
+        4,
+        2,
+        3,
+    ]
 
 
 def test_the_best_of_several_right_answers_counts():

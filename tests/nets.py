@@ -1,0 +1,102 @@
+"""Small nets, pipes of them, and the plain loop a pipe is compared with."""
+
+import itertools
+
+import torch
+from torch import nn
+
+from gpipe import GPipe, cell_seed
+from gpipe.microbatch import gather, scatter
+from gpipe.partitioning.cells import cells_of
+
+
+class Apply(nn.Module):
+    """A cell that calls a function with its input and the modules given."""
+
+    def __init__(self, function, *modules):
+        super().__init__()
+        self.function = function
+        self.parts = nn.ModuleList(modules)
+
+    def forward(self, x):
+        return self.function(x, *self.parts)
+
+
+def compositions(cells):
+    """All ways to group that many cells into consecutive stages."""
+    return [
+        [right - left for left, right in itertools.pairwise((0, *cuts, cells))]
+        for count in range(cells)
+        for cuts in itertools.combinations(range(1, cells), count)
+    ]
+
+
+def linears(cells=3, width=4):
+    return nn.Sequential(*(nn.Linear(width, width) for _ in range(cells)))
+
+
+def make_pipe(module, balance=None, chunks=3, checkpoint="except_last", seed=7, **options):
+    balance = [1] * len(cells_of(module)) if balance is None else balance
+    return GPipe(
+        module, balance, devices=["cpu"] * len(balance), chunks=chunks, checkpoint=checkpoint, seed=seed, **options
+    )
+
+
+class PlainLoop:
+    """What a pipe is to equal to the bit: every micro-batch through all cells, in one graph of autograd."""
+
+    def __init__(self, module, chunks=3, seed=7):
+        self.module, self.chunks, self.seed, self.step = module, chunks, seed, 0
+
+    def __call__(self, inputs):
+        outputs = []
+        for m, value in enumerate(scatter(inputs, self.chunks)):
+            for i, (_, cell) in enumerate(cells_of(self.module)):
+                torch.manual_seed(cell_seed(self.seed, self.step, m, i))
+                value = cell(value)
+            outputs.append(value)
+        self.step += self.module.training
+        return gather(outputs)
+
+
+def gradients(module):
+    return {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
+
+
+def assert_same(found, expected, where=""):
+    """Two dicts or sequences of tensors are equal to the bit."""
+    pairs = expected.items() if isinstance(expected, dict) else enumerate(expected)
+    assert len(found) == len(expected)
+    for key, value in pairs:
+        if value is None:
+            assert found[key] is None, f"{where}: {key} has a value"
+        else:
+            assert found[key] is not None, f"{where}: {key} is None"
+            assert torch.equal(found[key], value), f"{where}: {key} differs by {(found[key] - value).abs().max()}"
+
+
+def train(run, module, inputs, loss_fn, steps=2, rate=0.05):
+    """A few steps of gradient descent; gives the outputs, the last gradients and the state after."""
+    outputs = []
+    optimizer = torch.optim.SGD(module.parameters(), rate, momentum=0.9)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        output = run(inputs)
+        loss_fn(output).backward()
+        optimizer.step()
+        outputs.append(output)
+    state = {f"state {k}": v for k, v in module.state_dict().items()}
+    return {f"gradient {k}": v for k, v in gradients(module).items()} | state
+
+
+def assert_as_plain(make, inputs, loss_fn=lambda y: y.square().sum(), chunks=3, balances=None, keeps=(0, 1, 99)):
+    """Training ``make()`` as a pipe gives the bits of the plain loop, for every balance and keep."""
+    torch.manual_seed(1)
+    module = make()
+    expected = train(PlainLoop(module, chunks), module, inputs, loss_fn)
+    for balance in balances or compositions(len(cells_of(module))):
+        for keep in keeps:
+            torch.manual_seed(1)
+            module = make()
+            found = train(make_pipe(module, balance, chunks, keep), module, inputs, loss_fn)
+            assert_same(found, expected, f"balance {balance}, keep {keep}")
