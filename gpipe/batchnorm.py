@@ -42,6 +42,11 @@ def defer(module: nn.Module) -> None:
             layer.register_forward_hook(_restore, always_call=True)
 
 
+def deferred(module: nn.Module) -> bool:
+    """Whether a forward in a pipeline that defers leaves the buffers of ``module`` to ``commit``."""
+    return module.training and hasattr(module, _MARK)
+
+
 def commit(statistics: Statistics) -> None:
     """Update running mean, variance and ``num_batches_tracked`` as one pass over the mini-batch would."""
     for layer, by_micro_batch in statistics.items():

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gpipe.batchnorm import Statistics
+from gpipe.batchnorm import Statistics, deferred
 from gpipe.boundary import Boundary, Gradients, leaves_once
 from gpipe.buffers import Before, ChangingBuffers, rewound
 from gpipe.phase import Phase, running
@@ -123,7 +123,7 @@ class Flight:
         """
         versions = boundary.versions()
         phase = Phase(m, checkpointing=True, statistics=self.statistics)
-        with self.stage.buffers.watched(self.modules) as before:
+        with self.stage.buffers.watched(self._watched) as before:
             _, outputs = self._record(phase, boundary.copy())
         self._saved[m] = _Saved(boundary, versions, before, outputs.needs_grad)
         return outputs
@@ -215,3 +215,8 @@ class Flight:
         """All modules that forward runs."""
         heads = [self.head.module] if self.head and self.head.module else []
         return [m for module in (*self.stage.cells, *heads) for m in module.modules()]
+
+    @cached_property
+    def _watched(self) -> list[nn.Module]:
+        """Those whose buffers a recompute would change again."""
+        return [m for m in self.modules if self.statistics is None or not deferred(m)]

@@ -69,9 +69,10 @@ class GPipeLabels:
         added: Seconds that any division spends outside the slowest stages.
     """
 
-    dominance = True
-
     def __init__(self, problem: Problem, grid: Ints, added: float) -> None:
+        # a stage that keeps nothing may begin its recompute before the last stage does: not followed, and felt only
+        # where few micro-batches let a stage be as long as all stages behind it
+        self.dominance = problem.micro_batches > 4 or 0 not in (problem.keep or ())
         self._problem, self._grid, self._added = problem, grid, added
         self._moves = problem.micro_batches - 1
 

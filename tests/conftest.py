@@ -17,10 +17,22 @@ def workers():
     return [t for t in threading.enumerate() if t.name.startswith("gpipe-worker")]
 
 
+_failed = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    item.stash[_failed] = item.stash.get(_failed, False) or report.failed
+    return report
+
+
 @pytest.fixture(autouse=True)
-def no_leaked_workers():
+def no_leaked_workers(request):
     before = set(workers())
     yield
+    if request.node.stash.get(_failed, False):
+        return  # the traceback holds the pipe
     if set(workers()) - before:
         gc.collect()  # frames of a caught exception may have held the pipe in a cycle
     deadline = time.monotonic() + 5

@@ -12,13 +12,23 @@ CELLS = 6
 STEPS = 3
 
 
+class Attention(nn.Module):
+    def __init__(self, width, dropout):
+        super().__init__()
+        self.inwards, self.outwards, self.dropout = nn.Linear(width, 3 * width), nn.Linear(width, width), dropout
+
+    def forward(self, x):
+        q, k, v = self.inwards(x).chunk(3, dim=-1)
+        return x + self.outwards(F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout))
+
+
 def net(dropout):
     torch.manual_seed(11)
     return nn.Sequential(
         nn.Linear(5, 8),
-        nn.TransformerEncoderLayer(8, 2, 12, dropout, batch_first=True),
+        Attention(8, dropout),
         nn.Dropout(dropout),
-        nn.TransformerEncoderLayer(8, 2, 12, dropout, batch_first=True),
+        nn.LayerNorm(8),
         nn.Sequential(nn.Linear(8, 7), nn.GELU(), nn.Dropout(dropout)),
         nn.Linear(7, 3),
     )
@@ -46,10 +56,12 @@ def plain_weights(rows, chunks):
     return trained(PlainLoop(module, chunks), module, rows)
 
 
-def test_compositions_are_all_balances():
-    assert len(compositions(CELLS)) == 32
-    assert {len(b) for b in compositions(CELLS)} >= {1, 2, 3, 6}
-    assert all(sum(b) == CELLS for b in compositions(CELLS))
+BALANCES = [balance for balance in compositions(CELLS) if len(balance) in (1, 2, 3, 6)]
+
+
+def test_balances_are_all_there_are():
+    assert len(BALANCES) == 1 + 5 + 10 + 1
+    assert all(sum(balance) == CELLS for balance in BALANCES)
 
 
 @pytest.mark.parametrize("keep", ["always", "except_last", "never"])
@@ -57,7 +69,7 @@ def test_compositions_are_all_balances():
 @pytest.mark.parametrize("rows", [12, 11])
 def test_same_weights_to_the_last_bit(rows, chunks, keep):
     expected = plain_weights(rows, chunks)
-    for balance in compositions(CELLS):
+    for balance in BALANCES:
         module = net(0.1)
         found = trained(make_pipe(module, balance, chunks, keep), module, rows)
         assert_same(found, expected, f"balance {balance}")

@@ -1,0 +1,103 @@
+"""The promises on accelerators: several stages on one device, and one stage a device where there are several."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import gpipe
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator, and this machine has none"),
+]
+
+
+def accelerator(index=0):
+    kind = torch.accelerator.current_accelerator()
+    return torch.device(kind.type if kind else "cpu", index)
+
+
+def placements():
+    """Every stage on the first device; and, where there are several, round robin over them."""
+    one = [[accelerator()] * k for k in (1, 2, 3)]
+    count = torch.accelerator.device_count()
+    return one + ([[accelerator(k % count) for k in range(3)]] if count > 1 else [])
+
+
+def net(dropout=0.1):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.TransformerEncoderLayer(64, 4, 128, dropout, batch_first=True) for _ in range(3)),
+    )
+
+
+def trained(devices, checkpoint, dtype=None):
+    module = net()
+    cells = [3 // len(devices)] * len(devices)
+    pipe = gpipe.GPipe(module, cells, devices=devices, chunks=4, checkpoint=checkpoint, seed=3)
+    optimizer = torch.optim.AdamW(pipe.parameters(), 1e-3)
+    x = torch.randn(11, 16, 64, generator=torch.Generator().manual_seed(1))
+    for _ in range(3):
+        optimizer.zero_grad()
+        with torch.autocast(accelerator().type, torch.bfloat16, enabled=dtype is not None):
+            y = pipe(x)
+        y.float().square().mean().backward()
+        optimizer.step()
+    return {k: v.cpu() for k, v in pipe.state_dict().items()}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_same_bits_for_every_placement_and_checkpoint(dtype):
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        expected = trained([accelerator()], "never", dtype)
+        for devices in placements():
+            for checkpoint in ("always", "except_last", "never"):
+                found = trained(devices, checkpoint, dtype)
+                assert all(torch.equal(expected[k], found[k]) for k in expected), (devices, checkpoint)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_gradients_equal_the_unpipelined_models():
+    module = net(dropout=0.0).double()
+    plain = copy.deepcopy(module).to(accelerator())
+    x = torch.randn(10, 5, 64, dtype=torch.float64)
+    plain(x.to(accelerator())).square().sum().backward()
+    pipe = gpipe.GPipe(module, [2, 1], devices=[accelerator()] * 2, chunks=3)
+    pipe(x).square().sum().backward()
+    for p, q in zip(plain.parameters(), pipe.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_backward_from_an_engine_thread_does_not_wait_for_itself():
+    """The loss lives on the device of both stages, so autograd's thread of that device runs part of the backward."""
+    pipe = gpipe.GPipe(net(), [1, 2], devices=[accelerator()] * 2, chunks=4)
+    for _ in range(5):
+        (pipe(torch.randn(8, 4, 64)) * torch.ones(64, device=accelerator())).sum().backward()
+
+
+def test_the_callers_streams_and_default_generator():
+    pipe = gpipe.GPipe(net(), [1, 2], devices=[accelerator()] * 2, chunks=4, seed=1)
+    module = torch.get_device_module(accelerator())
+    state = module.get_rng_state()
+    x = torch.randn(8, 4, 64)
+    expected = pipe(x).detach()
+    assert torch.equal(state, module.get_rng_state())
+    pipe.step = 0
+    with torch.Stream(accelerator()) as stream:
+        found = pipe(x).detach()
+    stream.synchronize()
+    assert torch.equal(expected, found)
+
+
+def test_memory_is_that_of_one_micro_batch_when_nothing_is_kept():
+    def peak(checkpoint):
+        pipe = gpipe.GPipe(net(0.0), [3], devices=[accelerator()], chunks=16, checkpoint=checkpoint)
+        torch.accelerator.reset_peak_memory_stats()
+        pipe(torch.randn(64, 64, 64)).sum().backward()
+        return torch.accelerator.max_memory_allocated()
+
+    assert peak("always") < 0.6 * peak("never")
