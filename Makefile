@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test check format clean
 
 demo: $(INSTALLED)
-	$(BIN)/gpipe train examples/clip_digits.yaml
+	$(BIN)/gpipe train examples/clip_digits.yaml --resume # from the start in a new clone; goes on where it was stopped
 	$(BIN)/gpipe eval runs/clip_digits
 
 test: $(INSTALLED)

@@ -26,7 +26,7 @@ def collected(parameters: Sequence[Tensor]) -> Iterator[list[Tensor | None]]:
     hooks = [(p, p._backward_hooks, p._post_accumulate_grad_hooks) for p in hooked]
     for p in hooked:
         p._backward_hooks = None
-        p._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+        p._post_accumulate_grad_hooks = {}  # None would leave autograd those it has
     for p in parameters:
         p.grad = None
     try:

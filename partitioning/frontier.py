@@ -70,7 +70,7 @@ def floors(problem: Problem, labels: Labels, scores: Scores, within: Band, targe
         target: Seconds the search must stay below.
     """
     nothing = labels.link(0, np.zeros(1, dtype=np.int64))
-    known = [Floor(np.zeros(1), np.full_like(nothing.worst, -np.inf))]
+    known = [Floor(np.zeros(1), np.zeros_like(nothing.worst))]
     for k in range(problem.stages):
         parts = [_floor(labels, scores, k, ends, known[k], within, target) for ends in _blocks(within, k + 1, nothing)]
         known.append(Floor(np.concatenate([p.added for p in parts]), np.concatenate([p.worst for p in parts], axis=1)))
@@ -132,7 +132,7 @@ class Frontier:
         for k in reversed(range(self._problem.stages)):
             layers.append(self._extended(k, layers[-1]))
         found = layers[-1].labels
-        none = Floor(np.zeros(1), np.full_like(self._floors[0].worst, -np.inf))
+        none = Floor(np.zeros(1), np.zeros_like(self._floors[0].worst))
         least = (
             float(self._labels.bound(found, none).min()) - self._slack * self._problem.stages if len(found) else np.inf
         )
