@@ -44,7 +44,7 @@ def _named(module: nn.Module, cells: Sequence[Any]) -> list[Cell]:
     held = {id(p) for cell in cells for p in cell.parameters()}
     if owned != held:
         raise ValueError(
-            f"the cells of {type(module).__name__} must hold exactly its parameters: {len(owned - held)} of them are in "
-            f"no cell, {len(held - owned)} in cells only"
+            f"the cells of {type(module).__name__} must hold exactly its parameters: {len(owned - held)} of them are "
+            f"in no cell, {len(held - owned)} in cells only"
         )
     return [(str(i), cell) for i, cell in enumerate(cells)]

@@ -13,7 +13,7 @@ import numpy as np
 
 from gpipe.partitioning.bottleneck import Scores
 from gpipe.partitioning.labels import Floor, Labels
-from gpipe.partitioning.problem import Floats, Ints, Problem
+from gpipe.partitioning.problem import Floats, Ints, Problem, StageTimes
 
 
 class Found(NamedTuple):
@@ -120,7 +120,7 @@ class Frontier:
     def __init__(
         self, problem: Problem, labels: Labels, scores: Scores, within: Band, *, target: float, slack: float, beam: int
     ) -> None:
-        self._problem, self._labels, self._within = problem, labels, within
+        self._problem, self._labels, self._scores, self._within = problem, labels, scores, within
         self._target, self._slack, self._beam = target, slack / problem.stages, beam
         self._floors = floors(problem, labels, scores, within, target)
         self._given_up = np.inf
@@ -139,28 +139,31 @@ class Frontier:
         return Found(_cuts(layers), least, min(self._target, self._given_up), self._made)
 
     def _extended(self, k: int, behind: _Layer) -> _Layer:
-        low, high = self._within.low[k], self._within.high[k]
-        starts = np.searchsorted(behind.first, np.arange(low, high + 1), side="right")
-        stops = np.searchsorted(behind.first, np.arange(low, high + 1) + self._within.width, side="right")
-        found = [
-            self._at(k, first, behind, int(start), int(stop))
-            for first, start, stop in zip(range(low, high + 1), starts, stops, strict=True)
-            if start < stop
-        ]
         empty = _Layer(np.zeros(0, dtype=np.int64), behind.labels[:0], np.zeros(0, dtype=np.int64))
-        return _Layer(*(np.concatenate(column) for column in zip(empty, *found, strict=True)))
+        found = [empty]
+        for firsts in self._scores.blocks(self._within.low[k], self._within.high[k]):
+            ends, score = self._scores.after(k, firsts)
+            times = self._problem.stage(k, np.broadcast_to(firsts[:, None], ends.shape), ends)
+            starts = np.searchsorted(behind.first, firsts, side="right")
+            stops = np.searchsorted(behind.first, firsts + self._within.width, side="right")
+            for i in np.flatnonzero(starts < stops):
+                origin = np.arange(starts[i], stops[i])
+                column = behind.first[origin] - firsts[i] - 1
+                promising = score[i, column] < self._target
+                origin, column = origin[promising], column[promising]
+                row = StageTimes(times.forward[i, column], times.backward[i, column], times.keep[i, column])
+                found.append(self._at(k, int(firsts[i]), behind, origin, row))
+        return _Layer(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
-    def _at(self, k: int, first: int, behind: _Layer, start: int, stop: int) -> _Layer:
-        """The labels worth keeping of stage ``k`` with this first cell."""
-        origin, ends = np.arange(start, stop), behind.first[start:stop]
-        times = self._problem.stage(k, np.full_like(ends, first), ends)
-        labels = self._labels.extend(k, ends, times, behind.labels[start:stop])
+    def _at(self, k: int, first: int, behind: _Layer, origin: Ints, times: StageTimes) -> _Layer:
+        """The labels worth keeping of stage ``k`` with this first cell, of those that extend the labels ``origin``."""
+        labels = self._labels.extend(k, behind.first[origin], times, behind.labels[origin])
         at = first - self._within.low[k]
         floor = Floor(self._floors[k].added[at : at + 1], self._floors[k].worst[:, at : at + 1])
-        bound = np.where(times.keep >= 0, self._labels.bound(labels, floor), np.inf)
+        bound = self._labels.bound(labels, floor)
         order = np.argsort(bound, kind="stable")
         order = order[: np.searchsorted(bound[order], self._target)]
-        self._made += len(ends)
+        self._made += len(origin)
         kept = order[self._worth_keeping(labels[order], bound[order])]
         return _Layer(np.full(len(kept), first), labels[kept], origin[kept])
 

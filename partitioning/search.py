@@ -15,9 +15,14 @@ from gpipe.partitioning.refine import best_among, descend
 TOLERANCE = 5e-4
 """How far above the lower bound, as a share of the step, a division is taken for the best."""
 
-_BEAMS = (2, 16, 128)
+_SHARES = (0.25, 0.5, 1.0)
+"""Where to look first: how far from the lower bound towards the best known division."""
+
+_BEAMS = (2, 8, 32, 128)
+"""Labels kept for the same cells and stages, in one search after the other."""
+
 _LABELS = 2**22  # labels one search may be expected to make
-_GRID = 16  # micro-batches at which a path through stages of different keep is followed, beside those of the first guess
+_GRID = 12  # micro-batches at which a path through stages of different keep is followed, beside those of the first guess
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,9 @@ class _Search:
         self._problem = problem
         self._cuts, self._seconds = best_among(problem, cuts[None])
         self._bound = float(problem.work[-1])
-        self._labels = self._labels_for(self._bound)
+        self._shortest = self._bound
+        self._made = 0
+        self._labels = self._labels_for(self._shortest)
         self._cuts, self._seconds = descend(problem, self._labels, self._cuts, self._seconds)
 
     def run(self) -> Division:
@@ -85,9 +92,15 @@ class _Search:
             bounds = self._bounds()
             if self._uneven_paths():
                 bounds = self._sharper(*bounds)
-            for beam in _BEAMS:
-                if self._proved() or not self._pass(*bounds, beam):
+            for share in _SHARES:
+                before = self._seconds
+                self._pass(*bounds, _BEAMS[0], share)
+                if self._seconds < before:
                     break
+            for beam in _BEAMS[1:]:
+                if self._proved() or self._made * 4 > _LABELS:
+                    break
+                self._pass(*bounds, beam, 1.0)
         return Division(self._cuts, self._seconds, min(self._bound, self._seconds))
 
     def _proved(self) -> bool:
@@ -111,16 +124,17 @@ class _Search:
         if within is None or not self._labels.dominance:
             return scores, ahead, behind
         shortest = float(floors(self._problem, self._labels, scores, within, self._seconds)[-1].added[0])
-        self._labels = self._labels_for(min(shortest, self._seconds))
+        self._shortest = min(shortest, self._seconds)
+        self._labels = self._labels_for(self._shortest)
         return self._bounds()
 
-    def _pass(self, scores: Scores, ahead: Floats, behind: Floats, beam: int) -> bool:
-        """One search; whether another with more labels may find more."""
-        target = self._seconds * (1 - TOLERANCE / 2)
+    def _pass(self, scores: Scores, ahead: Floats, behind: Floats, beam: int, share: float) -> None:
+        """One search."""
+        target = self._bound + share * (self._seconds * (1 - TOLERANCE / 2) - self._bound)
         within = band(ahead, behind, target, scores.width)
         if within is None:
             self._bound = max(self._bound, target)
-            return False
+            return
         slack = self._seconds * TOLERANCE / 2
         found = Frontier(
             self._problem, self._labels, scores, within, target=target, slack=slack, beam=beam
@@ -130,7 +144,7 @@ class _Search:
             self._cuts, self._seconds = descend(self._problem, self._labels, *best)
         found_bound = found.found_bound if self._labels.dominance else self._seconds
         self._bound = max(self._bound, min(found_bound, found.other_bound))
-        return found.other_bound < target and found.labels * 4 < _LABELS
+        self._made = found.labels
 
     def _labels_for(self, shortest: float) -> Labels:
         if self._problem.schedule == "1f1b":
@@ -140,10 +154,12 @@ class _Search:
     def _grid(self) -> Ints:
         """Micro-batches at which stages change from kept to recomputed ones: all if known beforehand, else some."""
         problem, moves = self._problem, self._problem.micro_batches - 1
-        changes = [np.array([0, moves])]
+        changes = np.zeros(0, dtype=np.int64)
         if problem.keep is not None:
-            changes.append(np.array(problem.keep) - 1)
+            changes = np.array(problem.keep) - 1
         elif min(problem.limits) < NO_LIMIT:
             keep = [problem.stage(k, self._cuts[k : k + 1], self._cuts[k + 1 :][:1]).keep for k in range(problem.stages)]
-            changes += [np.concatenate(keep) - 1, np.linspace(0, moves, _GRID + 1).astype(np.int64)]
-        return np.unique(np.clip(np.concatenate(changes), 0, moves))
+            changes = np.concatenate([np.sort(np.concatenate(keep)) - 1, np.linspace(0, moves, problem.stages)])
+        changes = np.unique(np.clip(changes.astype(np.int64), 0, moves))
+        some = changes[np.linspace(0, len(changes) - 1, min(len(changes), _GRID)).astype(np.int64)]
+        return np.unique(np.concatenate([[0, moves], some]))

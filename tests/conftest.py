@@ -1,9 +1,9 @@
 import gc
-import threading
 import time
 
 import pytest
 import torch
+from nets import workers
 
 torch.set_num_threads(1)  # results depend on the number of intra-op threads
 
@@ -11,10 +11,6 @@ torch.set_num_threads(1)  # results depend on the number of intra-op threads
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def workers():
-    return [t for t in threading.enumerate() if t.name.startswith("gpipe-worker")]
 
 
 _failed = pytest.StashKey[bool]()

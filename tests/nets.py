@@ -1,6 +1,7 @@
 """Small nets, pipes of them, and the plain loop a pipe is compared with."""
 
 import itertools
+import threading
 
 import torch
 from torch import nn
@@ -8,6 +9,10 @@ from torch import nn
 from gpipe import GPipe, cell_seed
 from gpipe.microbatch import gather, scatter
 from gpipe.partitioning.cells import cells_of
+
+
+def workers():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("gpipe-worker")]
 
 
 class Apply(nn.Module):

@@ -131,3 +131,12 @@ def test_augmentation_does_not_depend_on_threads():
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*results)
+
+
+def test_nearest_interpolation_makes_no_new_values():
+    images = disc([(7.0, 7.0)])
+    settings = Augment(degrees=15.0, scale=0.15, shift=1.0)
+    nearest = augment(images, settings.model_copy(update={"interpolation": "nearest"}), generator(0, 0, 0))
+    values = set(images.unique().tolist())
+    assert set(nearest.unique().tolist()) <= values | {0.0}
+    assert not set(augment(images, settings, generator(0, 0, 0)).unique().tolist()) <= values | {0.0}

@@ -82,7 +82,9 @@ def test_cannot_be_moved(move):
         move(make_pipe(linears()))
 
 
-@pytest.mark.parametrize("cast", [lambda p: p.to(torch.float64), lambda p: p.double(), lambda p: p.to(dtype=torch.float64)])
+@pytest.mark.parametrize(
+    "cast", [lambda p: p.to(torch.float64), lambda p: p.double(), lambda p: p.to(dtype=torch.float64)]
+)
 def test_can_be_cast(cast):
     module = linears()
     pipe = make_pipe(module)
@@ -186,7 +188,7 @@ def test_refuses_parameters_of_two_stages():
 def test_refuses_buffers_of_two_stages():
     norm = nn.BatchNorm1d(4, affine=False)
     module = nn.Sequential(norm, nn.Linear(4, 4), norm)
-    with pytest.raises(ValueError, match="stage 0 uses one as '0.running_mean' and stage 1 as '2.running_mean'"):
+    with pytest.raises(ValueError, match=r"stage 0 uses one as '0.running_mean' and stage 1 as '2.running_mean'"):
         make_pipe(module, [2, 1], deferred_batch_norm=True)
     assert not norm._forward_pre_hooks
     assert_exact(module, torch.randn(12, 4), stages=[1])
@@ -257,7 +259,7 @@ def test_cells_must_hold_the_parameters():
 
     with pytest.raises(ValueError, match="must hold exactly its parameters: 3 of them are in no cell, 0 in cells only"):
         make_pipe(Forgetful(), [1])
-    with pytest.raises(TypeError, match="must return nn.Modules, item 0 is str"):
+    with pytest.raises(TypeError, match=r"must return nn.Modules, item 0 is str"):
         make_pipe(Wrong(), [1])
 
 

@@ -48,7 +48,7 @@ class Counts(nn.Module):
 
 
 def test_names_what_differs_when_a_cell_keeps_state_elsewhere():
-    with pytest.raises(AssertionError, match=r"balance \[2\], checkpoint 'always': step 0: gradient of 0.weight differs"):
+    with pytest.raises(AssertionError, match=r"\[2\], checkpoint 'always': step 0: gradient of 0.weight differs"):
         assert_exact(nn.Sequential(nn.Linear(4, 4), Counts()), torch.randn(8, 4))
 
 

@@ -39,7 +39,7 @@ def test_backward_twice_is_refused(keep):
     loss, expected = pipe(torch.ones(6, 4)).sum(), plain(torch.ones(6, 4)).sum()
     loss.backward()
     expected.backward()
-    with pytest.raises(RuntimeError, match="gone backward already.*pass retain_graph=True"):
+    with pytest.raises(RuntimeError, match=r"gone backward already.*pass retain_graph=True"):
         loss.backward()
     assert_same_gradients(module, plain)
 
@@ -492,7 +492,7 @@ class Slots:
 @pytest.mark.parametrize("hide", [lambda x: Hiding(x=x), Slots, lambda x: {x}, lambda x: Hiding(x=[x])])
 def test_tensors_hidden_from_the_pytree_are_refused(hide):
     pipe = make_pipe(nn.Sequential(nn.Linear(4, 4), Apply(lambda x: (x, hide(x))), Apply(lambda t: t[0])))
-    with pytest.raises(TypeError, match="a stage's output is a .* that holds tensors which the pipeline cannot see"):
+    with pytest.raises(TypeError, match=r"a stage's output is a .* that holds tensors which the pipeline cannot see"):
         pipe(torch.ones(6, 4))
     with pytest.raises(TypeError, match=r"input\[1\] is a .* that holds tensors"):
         pipe((torch.ones(6, 4), hide(torch.ones(6, 4))))

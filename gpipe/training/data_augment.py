@@ -19,6 +19,7 @@ class Augment(BaseModel):
         scale: Change of size, at most this share either way: 0.15 gives 0.85 to 1.15 times the size.
         shift: Shift along each axis, at most this many pixels either way.
         flip: Whether every second image, on average, is mirrored left to right.
+        interpolation: Whether a pixel between pixels is the nearest of them, or a mean, which blurs small images.
         padding: What comes in from outside: black, the edge repeated, or the image mirrored at its edge.
     """
 
@@ -28,11 +29,12 @@ class Augment(BaseModel):
     scale: float = Field(default=0.0, ge=0, lt=1)
     shift: float = Field(default=0.0, ge=0)
     flip: bool = False
+    interpolation: Literal["nearest", "bilinear"] = "bilinear"
     padding: Literal["zeros", "border", "reflection"] = "zeros"
 
 
 def augment(images: Tensor, settings: Augment, generator: torch.Generator) -> Tensor:
-    """Distort every image of a batch by an affine map of its own, with bilinear interpolation.
+    """Distort every image of a batch by an affine map of its own.
 
     The sampling grid is made of elementwise operations alone: a matrix product would make the bits depend on the
     number of threads.
@@ -58,4 +60,6 @@ def augment(images: Tensor, settings: Augment, generator: torch.Generator) -> Te
     cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
     source_x, source_y = (cos * x - sin * y) * mirror, sin * x + cos * y
     grid = torch.stack((source_x * (2 / width), source_y * (2 / height)), dim=-1)  # (n, H, W, 2)
-    return functional.grid_sample(images, grid, padding_mode=settings.padding, align_corners=False)
+    return functional.grid_sample(
+        images, grid, mode=settings.interpolation, padding_mode=settings.padding, align_corners=False
+    )

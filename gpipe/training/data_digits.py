@@ -41,7 +41,7 @@ UNSEEN = ((0, 3), (5,), (6,))
 
 
 class _Digits(DataSettings):
-    augment: Augment | None = Augment(degrees=15.0, scale=0.15, shift=1.0)
+    augment: Augment | None = Augment(degrees=15.0, scale=0.15, shift=1.0, interpolation="nearest")
     tokenizer: str = WORD_TOKENIZER
     context_length: int = Field(default=16, ge=3)
 
