@@ -49,6 +49,7 @@ def interleave(contenders: Mapping[str, Callable[[], float]], rounds: int) -> di
     names = list(contenders)
     for r in range(rounds + 1):
         for name in names if r % 2 else reversed(names):
+            _wait_for_quiet()
             before, start = _busy(), time.perf_counter()
             own = _own()
             seconds = contenders[name]()
@@ -58,6 +59,17 @@ def interleave(contenders: Mapping[str, Callable[[], float]], rounds: int) -> di
                 samples[name].seconds.append(seconds)
                 samples[name].foreign.append(foreign)
     return samples
+
+
+def _wait_for_quiet(limit: float = 20.0) -> None:
+    """Return once other processes have left the machine alone for half a second, or after ``limit`` seconds."""
+    end = time.perf_counter() + limit
+    while time.perf_counter() < end:
+        busy, own, start = _busy(), _own(), time.perf_counter()
+        time.sleep(0.5)
+        foreign = (_busy() - busy) - (_own() - own)
+        if foreign < DISTURBED * (time.perf_counter() - start) * (os.cpu_count() or 1):
+            return
 
 
 def timed(run: Callable[[], Any]) -> Callable[[], float]:

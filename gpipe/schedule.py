@@ -92,7 +92,8 @@ class Schedule:
         self._check_counts()
         steps, blocked = self._walk()
         if blocked:
-            waits = "; ".join(f"worker {w} at {a} waits for {_text(self._needs(a))}" for w, a in blocked.items())
+            unmet = {a: [n for n in self._needs(a) if n not in steps] for a in blocked.values()}
+            waits = "; ".join(f"worker {w} at {a} waits for {_text(unmet[a])}" for w, a in blocked.items())
             raise ScheduleError(
                 f"schedule {self.name!r} never ends: {waits}. Reorder these actions.\n"
                 + self._grid(steps, dict(blocked))

@@ -65,7 +65,8 @@ class Scores:
         return firsts, np.where(within, self._score(k, firsts, np.broadcast_to(ends[:, None], firsts.shape)), np.inf)
 
     def _firsts(self, ends: Ints) -> Ints:
-        return np.maximum(ends[:, None] - np.arange(1, self.width + 1), 0)
+        firsts: Ints = np.maximum(ends[:, None] - np.arange(1, self.width + 1), 0)
+        return firsts
 
     def _parts(self, cells: Ints) -> Iterator[Ints]:
         size = max(1, _BLOCK // self.width)
@@ -96,7 +97,14 @@ def best_of_first(scores: Scores) -> tuple[Floats, Ints]:
 
 
 def best_of_last(scores: Scores) -> Floats:
-    """For every k and n the smallest worst score of the cells from n on in the stages from k on; shape (K + 1, N + 1)."""
+    """For every k and n the smallest worst score of the cells from n on in the stages from k on.
+
+    Args:
+        scores: Of all stages considered.
+
+    Returns:
+        Of shape (K + 1, N + 1), infinite where there is no such division.
+    """
     stages, count = scores.problem.stages, scores.problem.count
     best = np.full((stages + 1, count + 1), np.inf)
     best[stages, count] = -np.inf
@@ -129,7 +137,7 @@ def widest(problem: Problem, longest: Floats | float) -> int:
 
 
 def _last_fitting(problem: Problem) -> Ints:
-    """For every first cell the end of the longest stage that fits some device: for one first cell, more cells need more."""
+    """For every first cell the end of the longest stage that fits some device; more cells from there on need more."""
     first = np.arange(problem.count)
     furthest = first.copy()
     for k in [0] if problem.uniform else range(problem.stages):

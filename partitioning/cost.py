@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 _FORMAT = "gpipe.costs"
 _VERSION = 1
@@ -17,8 +17,8 @@ _VERSION = 1
 class CellCost:
     """Seconds and bytes of one cell, for one micro-batch.
 
-    Every byte has one owner, so that a stage's bytes are the sum over its cells: a cell owns its output, and what enters
-    a stage belongs to the cell before it or, for the first cell, to the model's input.
+    Every byte has one owner, so that a stage's bytes are the sum over its cells: a cell owns its output, and what
+    enters a stage belongs to the cell before it or, for the first cell, to the model's input.
 
     Attributes:
         name: What messages call the cell.
@@ -181,7 +181,7 @@ def _check_keys(where: str, content: Mapping[Any, Any], required: Sequence[str],
         raise ValueError(f"{where}: {unknown[0]!r} is not a key: use {', '.join((*required, *allowed))}")
 
 
-def _number(what: str, value: Any, whole: bool) -> float:
+def _number(what: str, value: Any, whole: bool) -> Any:
     """A finite number from 0, as int or float."""
     unit = "a whole number of bytes" if what.endswith("_bytes") else "a whole number" if whole else "seconds"
     remedy = ": write 1.0e-5 or 0.00001, YAML reads 1e-5 as text" if isinstance(value, str) else ""
@@ -197,7 +197,7 @@ def _number(what: str, value: Any, whole: bool) -> float:
         return float(value)
     if not isinstance(value, Integral) and not float(value).is_integer():
         raise ValueError(f"{what}: expected {unit}, got {value!r}: round it up")
-    return int(value)
+    return int(cast(Any, value))
 
 
 def _brief(value: Any) -> str:

@@ -1,7 +1,7 @@
-"""The search for the best division: labels of the last stages, extended to the front, pruned by what the rest must cost.
+"""The search for the best division: labels of the last stages, extended to the front, pruned by what the rest costs.
 
-Exact up to a stated slack as long as no more than ``beam`` labels are worth keeping for the same cells and stages; beyond
-that the most promising are kept, and the bound on what was given up is reported.
+Exact up to a stated slack as long as no more than ``beam`` labels are worth keeping for the same cells and stages;
+beyond that the most promising are kept, and the bound on what was given up is reported.
 """
 
 from __future__ import annotations

@@ -58,10 +58,10 @@ class Labels(Protocol):
 class GPipeLabels:
     """Labels of GPipe: the forward's pace, and when the backward of some micro-batches has left the last stages.
 
-    The step is a longest path: forward through all stages at the pace of the slowest, then backward. A backward path moves
-    on in micro-batches on whichever stage is slowest, but never to a later stage; its length is followed at the
+    The step is a longest path: forward through all stages at the pace of the slowest, then backward. A backward path
+    moves on in micro-batches on whichever stage is slowest, but never to a later stage; its length is followed at the
     micro-batches of ``grid`` (in the order in which they go backward), which is exact if every stage changes its pace,
-    from kept to recomputed micro-batches, at one of them.
+    from kept to recomputed micro-batches, at one of them, and a little less than the length if not.
 
     Args:
         problem: The chain and its devices.
@@ -135,9 +135,9 @@ class GPipeLabels:
 class OneFOneBLabels:
     """Labels of 1F1B: seconds through the last stages and back, and a lower bound of the step among them.
 
-    Stage k is busy with M micro-batches, begins when the first has come through the stages before it, and ends before the
-    last gradient goes back through them. Between its first min(K - k, M) forwards and the first gradient it waits for
-    the stages behind it, and once more at the end. The largest of these sums is the step, or little less than it.
+    Stage k is busy with M micro-batches, begins when the first has come through the stages before it, and ends before
+    the last gradient goes back through them. Between its first min(K - k, M) forwards and the first gradient it waits
+    for the stages behind it, and once more at the end. The largest of these sums is the step, or little less than it.
 
     Args:
         problem: The chain and its devices.

@@ -7,7 +7,7 @@ one message after the other, forward and backward independently, while the stage
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,8 +51,8 @@ def step_seconds(problem: Problem, cuts: Ints) -> Floats:
     """
     stages = divided(problem, cuts)
     seconds = np.full(len(cuts), np.inf)
-    fits = (stages.keep >= 0).all(axis=1)
-    chosen = Divided(*(column[fits] for column in stages))
+    fits = np.flatnonzero((stages.keep >= 0).all(axis=1))
+    chosen = _some(stages, fits)
     if problem.schedule == "gpipe":
         seconds[fits] = gpipe_seconds(chosen, problem.micro_batches)
     else:
@@ -63,9 +63,9 @@ def step_seconds(problem: Problem, cuts: Ints) -> Floats:
 def gpipe_seconds(stages: Divided, micro_batches: int) -> Floats:
     """All micro-batches forward, then all backward, the last first; stage k recomputes all but the last keep[k].
 
-    With equal keep and free links this is sum F + sum B + (M - 1) (max F + max B), B with its recompute. Where stages
-    keep different numbers, no such formula holds: the slowest stage changes in the course of the backward. Each stage is
-    then followed at the micro-batches where its pace changes.
+    With all or none kept and free links this is sum F + sum B + (M - 1) (max F + max B), the recompute in B, and one
+    recompute more if none is kept. Where stages keep some, no such formula holds: which stage is slowest changes in the
+    course of the backward. The path is then followed at the micro-batches where a stage changes its pace.
 
     Args:
         stages: What the stages cost.
@@ -112,10 +112,15 @@ def one_f_one_b_seconds(stages: Divided, micro_batches: int) -> Floats:
     divisions, count = stages.forward.shape
     size = max(1, _BATCH // (count * micro_batches))
     parts = [
-        _Performed(Divided(*(column[i : i + size] for column in stages)), micro_batches).seconds()
+        _Performed(_some(stages, np.arange(i, min(i + size, divisions))), micro_batches).seconds()
         for i in range(0, divisions, size)
     ]
     return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def _some(stages: Divided, which: NDArray[Any]) -> Divided:
+    forward, backward, keep, transit, occupied = stages
+    return Divided(forward[which], backward[which], keep[which], transit[which], occupied[which])
 
 
 class _Performed:

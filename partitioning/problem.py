@@ -1,7 +1,7 @@
 """What is to be divided, and over what: a chain of cells, devices and links, as running totals.
 
-Stages are numbered k = 0..K-1 from the model's input; a stage is given by its first cell and by the cell after its last,
-``first`` and ``end``. Both may be arrays of any shape: everything here is computed for all of them at once.
+Stages are numbered k = 0..K-1 from the model's input; a stage is given by its first cell and by the cell after its
+last, ``first`` and ``end``. Both may be arrays of any shape: everything here is computed for all of them at once.
 """
 
 from __future__ import annotations
@@ -165,7 +165,8 @@ class Problem:
     def least_bytes(self, k: int, first: Ints, end: Ints) -> Ints:
         """Bytes stage ``k`` cannot do without: with the given keep, or with one micro-batch kept."""
         keep = np.asarray(1 if self.keep is None else self.keep[k])
-        total: Ints = sum(self.bytes(k, first, end, keep), start=np.int64(0))
+        size = self.bytes(k, first, end, keep)
+        total: Ints = size.static + size.inputs + size.activations + size.workspace
         return total
 
     def stage(self, k: int, first: Ints, end: Ints) -> StageTimes:

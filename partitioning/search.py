@@ -22,7 +22,9 @@ _BEAMS = (2, 8, 32, 128)
 """Labels kept for the same cells and stages, in one search after the other."""
 
 _LABELS = 2**22  # labels one search may be expected to make
-_GRID = 12  # micro-batches at which a path through stages of different keep is followed, beside those of the first guess
+_GRID = (
+    12  # micro-batches at which a path through stages of different keep is followed, beside those of the first guess
+)
 
 
 @dataclass(frozen=True)
@@ -136,9 +138,7 @@ class _Search:
             self._bound = max(self._bound, target)
             return
         slack = self._seconds * TOLERANCE / 2
-        found = Frontier(
-            self._problem, self._labels, scores, within, target=target, slack=slack, beam=beam
-        ).search()
+        found = Frontier(self._problem, self._labels, scores, within, target=target, slack=slack, beam=beam).search()
         if len(found.cuts):
             best = best_among(self._problem, np.concatenate([found.cuts, self._cuts[None]]))
             self._cuts, self._seconds = descend(self._problem, self._labels, *best)
@@ -158,7 +158,9 @@ class _Search:
         if problem.keep is not None:
             changes = np.array(problem.keep) - 1
         elif min(problem.limits) < NO_LIMIT:
-            keep = [problem.stage(k, self._cuts[k : k + 1], self._cuts[k + 1 :][:1]).keep for k in range(problem.stages)]
+            keep = [
+                problem.stage(k, self._cuts[k : k + 1], self._cuts[k + 1 :][:1]).keep for k in range(problem.stages)
+            ]
             changes = np.concatenate([np.sort(np.concatenate(keep)) - 1, np.linspace(0, moves, problem.stages)])
         changes = np.unique(np.clip(changes.astype(np.int64), 0, moves))
         some = changes[np.linspace(0, len(changes) - 1, min(len(changes), _GRID)).astype(np.int64)]

@@ -65,7 +65,9 @@ def test_the_bits_do_not_depend_on_balance_or_keep(deferred):
 
 
 def test_not_deferred_is_as_the_plain_loop():
-    make = lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4, momentum=None), nn.Tanh())  # noqa: E731
+    def make():
+        return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4, momentum=None), nn.Tanh())
+
     assert_as_plain(make, torch.randn(11, 4), chunks=4)
 
 
@@ -143,12 +145,11 @@ def test_two_pipes_around_one_module():
 
 def test_layers_that_track_nothing_or_scale_nothing():
     x = torch.randn(11, 4)
-    layers = lambda: [
-        nn.BatchNorm1d(4, track_running_stats=False),
-        nn.BatchNorm1d(4, affine=False),
-        nn.InstanceNorm1d(4),
-    ]
-    plain, module = nn.Sequential(*layers()[:2]), nn.Sequential(*layers()[:2])
+
+    def make():
+        return nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False), nn.BatchNorm1d(4, affine=False))
+
+    plain, module = make(), make()
     plain[1](PlainLoop(plain[:1])(x))
     make_pipe(module, deferred_batch_norm=True)(x)
     torch.testing.assert_close(running(module), running(plain))
@@ -156,7 +157,9 @@ def test_layers_that_track_nothing_or_scale_nothing():
 
 # The second use of a layer overwrote what the first had collected.
 def test_a_layer_used_twice_is_updated_twice():
-    make = lambda: nn.Sequential(Apply(lambda x, norm: norm(norm(x) * 2 + 1), nn.BatchNorm1d(4)))  # noqa: E731
+    def make():
+        return nn.Sequential(Apply(lambda x, norm: norm(norm(x) * 2 + 1), nn.BatchNorm1d(4)))
+
     x = torch.randn(12, 4)
     plain, module = make(), make()
     plain(x)
@@ -169,7 +172,9 @@ def test_a_layer_used_twice_is_updated_twice():
 
 # The hook looked for the input among the positional arguments only.
 def test_a_layer_called_by_keyword():
-    make = lambda: nn.Sequential(Apply(lambda x, norm: norm(input=x), nn.BatchNorm1d(4)))  # noqa: E731
+    def make():
+        return nn.Sequential(Apply(lambda x, norm: norm(input=x), nn.BatchNorm1d(4)))
+
     x = torch.randn(12, 4)
     plain, module = make(), make()
     plain(x)

@@ -32,7 +32,9 @@ class Counter(nn.Module):
 
 @pytest.mark.parametrize("how", ["in place", "assigned", "data"])
 def test_counters(how):
-    make = lambda: nn.Sequential(nn.Linear(4, 4), Counter(how), nn.Tanh(), Counter(how))  # noqa: E731
+    def make():
+        return nn.Sequential(nn.Linear(4, 4), Counter(how), nn.Tanh(), Counter(how))
+
     assert_as_plain(make, torch.randn(6, 4))
 
 

@@ -175,5 +175,8 @@ def test_boundaries_keep_their_strides(cut):
 # MKL's product of doubles depends on whether rows start at 16 bytes; micro-batches of an odd number of elements do not.
 def test_micro_batches_keep_their_alignment():
     x = torch.randn(63 * 3, 127, dtype=torch.float64)
-    make = lambda: nn.Sequential(nn.Linear(127, 128), nn.Tanh(), nn.Linear(128, 3)).double()  # noqa: E731
+
+    def make():
+        return nn.Sequential(nn.Linear(127, 128), nn.Tanh(), nn.Linear(128, 3)).double()
+
     assert_as_plain(make, x, balances=[[3], [1, 2]])

@@ -18,13 +18,18 @@ PURE = [ROOT / "gpipe" / "schedule.py", ROOT / "gpipe" / "schedules.py"]
 
 
 def imports(file):
-    """Every module a file imports at its top level, by its full name."""
+    """What a file imports, by its full name: of other packages at its top level, of gpipe anywhere in it."""
+    tree = ast.parse(file.read_text())
+    return names(tree.body) | {name for name in names(ast.walk(tree)) if name.split(".")[0] == "gpipe"}
+
+
+def names(nodes):
     found = set()
-    for node in ast.parse(file.read_text()).body:
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file} imports relatively"
+            assert node.level == 0, "no file imports relatively"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found - {"__future__.annotations"}
 

@@ -142,7 +142,9 @@ def test_input_gradients_of_a_frozen_model():
 
 @every_keep
 def test_part_of_the_output_is_used(keep):
-    make = lambda: nn.Sequential(nn.Linear(4, 4), Apply(lambda x, a, b: (a(x), b(x)), nn.Linear(4, 4), nn.Linear(4, 4)))  # noqa: E731
+    def make():
+        return nn.Sequential(nn.Linear(4, 4), Apply(lambda x, a, b: (a(x), b(x)), nn.Linear(4, 4), nn.Linear(4, 4)))
+
     module, pipe, plain = nets(keep, make)
     for run in (pipe, plain):
         run(torch.ones(6, 4))[0][:4].sum().backward()
@@ -247,7 +249,9 @@ def test_eval_mode(keep):
 @every_keep
 @pytest.mark.parametrize("first", [True, False])
 def test_the_mode_may_change_before_backward(keep, first):
-    make = lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Tanh())  # noqa: E731
+    def make():
+        return nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Tanh())
+
     module, pipe, plain = nets(keep, make, [3, 2])
     for run, its in ((pipe, pipe), (plain, plain.module)):
         its.train(first)
@@ -377,7 +381,9 @@ class Island(nn.Module):
 
 
 def test_autocast_gives_the_same_bits_for_every_balance_and_keep():
-    make = lambda: nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4), Island(), nn.Dropout(0.5))  # noqa: E731
+    def make():
+        return nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4), Island(), nn.Dropout(0.5))
+
     found = {}
     for balance in compositions(5)[::3]:
         for keep in KEEPS:
@@ -448,7 +454,9 @@ def test_boundaries_of_every_kind():
     def end(t, linear):
         return linear(t["h"]), t["nothing"], t["number"], t["index"]
 
-    make = lambda: nn.Sequential(Apply(start, nn.Linear(4, 4)), Apply(middle), Apply(end, nn.Linear(4, 4)))  # noqa: E731
+    def make():
+        return nn.Sequential(Apply(start, nn.Linear(4, 4)), Apply(middle), Apply(end, nn.Linear(4, 4)))
+
     assert_as_plain(make, torch.randn(7, 4), lambda y: y[0].square().sum())
     output = make_pipe(make())(torch.randn(7, 4))
     assert output[1:3] == (None, 3)
@@ -461,7 +469,9 @@ def test_inputs_of_every_kind():
         assert t["none"] is None
         return linear(t["x"]) * t["scale"] + t["more"][0][:, None]
 
-    make = lambda: nn.Sequential(Apply(start, nn.Linear(4, 4)), nn.Tanh())  # noqa: E731
+    def make():
+        return nn.Sequential(Apply(start, nn.Linear(4, 4)), nn.Tanh())
+
     inputs = {
         "x": torch.randn(7, 4),
         "more": (torch.arange(7), []),
@@ -708,7 +718,9 @@ def test_optimizers_and_schedules(optimizer):
 
 
 def test_sparse_gradients():
-    make = lambda: nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 2))  # noqa: E731
+    def make():
+        return nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 2))
+
     module, pipe, plain = nets("always", make)
     tokens = torch.tensor([[1, 2], [3, 1], [8, 0], [2, 2]])
     for run, its in ((pipe, module), (plain, plain.module)):
@@ -732,7 +744,10 @@ def test_a_parameter_used_outside_the_pipe_too():
 @pytest.mark.parametrize("loss_over", ["mini_batch", "micro_batch"])
 def test_train_step(rows, loss_over):
     x, y = torch.randn(rows, 4, dtype=torch.float64), torch.randint(0, 3, (rows,))
-    make = lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()  # noqa: E731
+
+    def make():
+        return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
     for balance in compositions(3):
         for keep in KEEPS:
             module, pipe, plain = nets(keep, make, balance, chunks=5)
@@ -854,9 +869,11 @@ def test_train_step_without_rows(loss_over):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of torch.compile's own
 def test_compiled_cells():
-    compiled = lambda: torch.compile(  # noqa: E731
-        nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Tanh()), backend="aot_eager", fullgraph=True
-    )
+    def compiled():
+        return torch.compile(
+            nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Tanh()), backend="aot_eager", fullgraph=True
+        )
+
     results = []
     for balance in compositions(3):
         for keep in ("always", "never"):
