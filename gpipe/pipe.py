@@ -14,13 +14,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gpipe import batchnorm, schedules
 from gpipe.autograd import attach
+from gpipe.balancing import MemoryLimit, Plan, balance_by_measurement, balance_by_parameters
 from gpipe.boundary import Boundary
 from gpipe.cells import refuse_sharing, registries
 from gpipe.context import autocast_off
 from gpipe.loss import LossFunction, MicroBatchLoss, checked_loss
 from gpipe.microbatch import gather, row_count, scatter, split_sizes
 from gpipe.minibatch import MiniBatch, Pipeline
-from gpipe.partitioning.balance import split_evenly
 from gpipe.partitioning.cells import cells_of
 from gpipe.schedule import Schedule
 from gpipe.settings import (
@@ -55,10 +55,11 @@ class GPipe(nn.Module):
         chunks: Number of micro-batches M; a mini-batch of fewer rows is split into its rows.
         checkpoint: Which micro-batches keep their activations instead of re-materialising them: ``"always"`` none,
             ``"except_last"`` the last (it goes backward first, so this costs no memory), ``"never"`` all, an int the
-            last so many, or one int per stage.
+            last so many, or one int per stage; ``"auto"`` as many as fit ``memory_limit``, stage by stage.
         deferred_batch_norm: Update batch-norm running statistics once per mini-batch, as one pass over it would.
-        sample: Reserved: an input to balance by measured time.
-        memory_limit: Reserved: bytes per device.
+        sample: A mini-batch of inputs to profile the cells on; ``pipe.partition`` then says what was found, and why.
+        memory_limit: Bytes, or text such as ``"20GiB"``, for every device or one per device: what parameters,
+            gradients, Adam's state, boundaries and activations may take. The partition keeps to it; needs ``sample``.
         seed: Base seed of random draws in the cells. None draws it from torch's default generator.
 
     Raises:
@@ -73,25 +74,21 @@ class GPipe(nn.Module):
         *,
         devices: Iterable[int | str | torch.device] | None = None,
         chunks: int = 1,
-        checkpoint: Checkpoint = "except_last",
+        checkpoint: Checkpoint | Literal["auto"] = "except_last",
         deferred_batch_norm: bool = False,
         sample: Any = None,
-        memory_limit: int | str | Sequence[int] | None = None,
+        memory_limit: MemoryLimit | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        if sample is not None or memory_limit is not None:
-            raise ValueError(
-                "balancing by measured time (sample) or by bytes (memory_limit) is not available yet: "
-                "give balance, or leave all three out to balance by parameter count"
-            )
         cells = cells_of(module)
         if isinstance(devices, Iterator):
             devices = list(devices)
         self.chunks = check_chunks(chunks)
-        self.balance = self._balanced(cells, balance, devices)
+        plan = self._planned(module, cells, balance, devices, checkpoint, sample, memory_limit)
+        self.balance, self.partition = plan.balance, plan.partition
         self.devices = check_devices(devices, len(self.balance)) if self.balance else []
-        self.checkpoint = check_checkpoint(checkpoint, len(self.balance))
+        self.checkpoint = check_checkpoint(plan.checkpoint, len(self.balance))
         self.deferred_batch_norm = deferred_batch_norm
         self.seed = check_seed(seed)
         self.step = 0
@@ -303,21 +300,34 @@ class GPipe(nn.Module):
         if _has_rows(targets) and (given := row_count(targets)) != rows:
             raise ValueError(f"inputs have {rows} rows, targets have {given}: give one target per row")
 
-    @staticmethod
-    def _balanced(cells: list[tuple[str, nn.Module]], balance: Iterable[int] | None, devices: Any) -> list[int]:
+    def _planned(
+        self,
+        module: nn.Module,
+        cells: list[tuple[str, nn.Module]],
+        balance: Iterable[int] | None,
+        devices: Any,
+        checkpoint: Any,
+        sample: Any,
+        memory_limit: MemoryLimit | None,
+    ) -> Plan:
+        if sample is None and (memory_limit is not None or checkpoint == "auto"):
+            raise ValueError("memory_limit and checkpoint='auto' need a sample: give a mini-batch of inputs to measure")
+        if checkpoint == "auto" and memory_limit is None:
+            raise ValueError("checkpoint='auto' keeps what fits: give memory_limit, or checkpoint='never' to keep all")
+        if sample is None:
+            given = balance_by_parameters(cells, devices) if balance is None else check_balance(balance, len(cells))
+            return Plan(given, checkpoint)
         if balance is not None:
-            return check_balance(balance, len(cells))
-        if not cells:
-            return []
-        sizes = [sum(p.numel() for p in cell.parameters()) for _, cell in cells]
-        given = check_devices(devices, None)
-        stages = len(given) if devices is not None else min(len(given), len(cells))
-        if stages > len(cells):
-            raise ValueError(
-                f"{stages} devices for {len(cells)} cells: a stage needs at least one cell, "
-                f"so name at most {len(cells)}"
-            )
-        return split_evenly(sizes, stages)
+            raise ValueError("balance is given, and sample to measure one: leave one of the two out")
+        return balance_by_measurement(
+            module,
+            len(cells),
+            devices=devices,
+            sample=sample,
+            chunks=self.chunks,
+            checkpoint=checkpoint,
+            memory_limit=memory_limit,
+        )
 
 
 @lru_cache(maxsize=64)
