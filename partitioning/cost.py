@@ -110,7 +110,7 @@ def save_costs(
     head = {"format": _FORMAT, "version": _VERSION}
     about = {key: value for key, value in asdict(profile).items() if key != "cells" and value is not None}
     cells = [asdict(cell) for cell in profile.cells]
-    text = yaml.safe_dump({**head, **about, "cells": cells}, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump({**head, **about, "cells": cells}, sort_keys=False)
     Path(path).write_text(text, encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ from gpipe.partitioning.units import readable_bytes
 
 Bools = NDArray[np.bool_]
 
-_MORE_CHUNKS = 1024  # times as many micro-batches as were asked for are tried, at most
+_MORE_CHUNKS = 512  # times as many micro-batches as were asked for are tried, at most
 _MORE_STAGES = 8  # times as many stages
 
 
@@ -133,14 +133,13 @@ def fewest_micro_batches(problem: Problem) -> int | None:
     Args:
         problem: The chain and its devices.
     """
-    low, high = problem.micro_batches, _MORE_CHUNKS * problem.micro_batches
-    if first_division(_with_micro_batches(problem, high)) is None:
+    low = high = problem.micro_batches
+    if first_division(_without_activations(problem)) is None:
         return None
-    for tried in (2**j * problem.micro_batches for j in range(1, _MORE_CHUNKS.bit_length())):
-        if first_division(_with_micro_batches(problem, tried)) is not None:
-            high = tried
-            break
-        low = tried
+    while first_division(_with_micro_batches(problem, high)) is None:
+        low, high = high, 2 * high
+        if high > _MORE_CHUNKS * problem.micro_batches:
+            return None
     while high - low > 1:
         middle = (low + high) // 2
         if first_division(_with_micro_batches(problem, middle)) is None:
@@ -173,6 +172,16 @@ def _with_stages(problem: Problem, stages: int) -> Problem:
     return replace(
         problem, stages=stages, limits=problem.limits[:1] * stages, keep=keep, speeds=(1.0,) * stages, links=None
     )
+
+
+def _without_activations(problem: Problem) -> Problem:
+    """What is left of a problem as its micro-batches become ever smaller and more."""
+    part = 1 if problem.schedule == "gpipe" else 0  # GPipe holds the inputs of all micro-batches, 1F1B of a few
+    cells = [
+        replace(cell, activation_bytes=0, workspace_bytes=0, boundary_bytes=part * cell.boundary_bytes)
+        for cell in problem.cells
+    ]
+    return replace(problem, cells=cells)
 
 
 def _with_micro_batches(problem: Problem, micro_batches: int) -> Problem:
