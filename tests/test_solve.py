@@ -209,7 +209,7 @@ def test_as_good_as_the_best_of_all_divisions(schedule, kind):
             continue
         solved += 1
         found = solve(cells, **arguments)
-        assert best * (1 - 1e-9) <= found.seconds <= best * 1.005, case
+        assert best * (1 - 1e-9) <= found.seconds <= best * 1.001, case
         assert found.lower_bound <= best * (1 + 1e-9), case
         assert_consistent(found, cells, setting)
     assert solved > 30
@@ -434,7 +434,7 @@ def test_what_would_do_does_and_less_does_not(schedule):
         cells = chain(rng, count)
         limit = int(some_limit(cells, stages, micro_batches, 0) * rng.uniform(0.4, 0.9))
         settled = {"schedule": schedule, "input_bytes": 0}
-        with pytest.raises(Infeasible, match=f"needs .* {stages - 1}|needs ") as caught:
+        with pytest.raises(Infeasible, match="needs .* too much. Would do: memory_limit=") as caught:
             solve(cells, stages, micro_batches=micro_batches, memory_limit=limit, **settled)
         error = caught.value
         assert error.memory_limit == (limit + error.missing_bytes,) * stages
