@@ -21,10 +21,11 @@ _SHARES = (0.25, 0.5, 1.0)
 _BEAMS = (2, 8, 32, 128)
 """Labels kept for the same cells and stages, in one search after the other."""
 
-_LABELS = 2**22  # labels one search may be expected to make
-_GRID = (
-    12  # micro-batches at which a path through stages of different keep is followed, beside those of the first guess
-)
+_LABELS = 2**22
+"""Labels the next search may be expected to make: as many as the one before for each label kept."""
+
+_GRID = 12
+"""Micro-batches at which a path is followed through stages that keep different numbers, the first and last aside."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class _Search:
             for share in _SHARES:
                 before = self._seconds
                 self._pass(*bounds, _BEAMS[0], share)
-                if self._seconds < before:
+                if self._proved() or self._seconds < before:
                     break
             for beam in _BEAMS[1:]:
                 if self._proved() or self._made * 4 > _LABELS:

@@ -40,7 +40,10 @@ class Bomb(nn.Module):
             self.calls -= 1
             if not self.calls:
                 error, self.error = self.error, None
-                raise error
+                try:
+                    raise error
+                finally:
+                    del error  # its traceback holds this frame
 
     def forward(self, x):
         self.reached("recompute" if is_recomputing() else "forward")
@@ -177,23 +180,31 @@ def test_a_forward_that_depends_on_what_changed_is_noticed():
 # The traceback of what a worker raised held the worker's record of it, in a cycle with all activations.
 @pytest.mark.parametrize("phase", ["forward", "recompute", "backward"])
 def test_nothing_of_a_failed_mini_batch_stays(phase):
-    class Marked(torch.Tensor):
-        pass
-
     alive = []
 
-    def mark(x):
-        alive.append(weakref.ref(marked := x.clone().as_subclass(Marked)))
-        return x + marked.as_subclass(torch.Tensor)
+    class Payload:
+        pass
 
-    module = nn.Sequential(Apply(mark), Bomb(), Apply(mark))
-    pipe = make_pipe(module, checkpoint="always")
-    module[1].arm(ValueError("boom"), phase)
+    class Mark(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.payload = Payload()  # as long as the graph lives
+            alive.append(weakref.ref(ctx.payload))
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    module = nn.Sequential(nn.Linear(4, 4), Apply(Mark.apply), Bomb(), Apply(Mark.apply))
+    pipe = make_pipe(module, [2, 2], checkpoint="never" if phase == "forward" else "except_last")
+    module[2].arm(ValueError("boom"), phase, 1 if phase == "recompute" else 2)
     gc.collect()
     gc.disable()
     try:
         with pytest.raises(ValueError, match="boom"):
             pipe(torch.ones(6, 4)).sum().backward()
+        assert alive
         assert [ref() for ref in alive if ref() is not None] == []
     finally:
         gc.enable()
@@ -232,6 +243,7 @@ class Child:
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 def test_ctrl_c_in_the_waiting_caller(phase):
     def program(say):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it ignored
         slow = True
 
         def nap():
@@ -338,7 +350,7 @@ def test_collected_pipes_leave_no_threads():
         pipe.cycle = pipe
     del pipe
     gc.collect()
-    assert set(workers()) == before
+    assert set(workers()) <= before
 
 
 def test_a_pipe_collected_by_its_own_worker():
@@ -350,4 +362,4 @@ def test_a_pipe_collected_by_its_own_worker():
     del pipe
     assert y.shape == (3, 4)
     gc.collect()
-    assert set(workers()) == before
+    assert set(workers()) <= before
