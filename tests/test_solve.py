@@ -434,7 +434,7 @@ def test_what_would_do_does_and_less_does_not(schedule):
         cells = chain(rng, count)
         limit = int(some_limit(cells, stages, micro_batches, 0) * rng.uniform(0.4, 0.9))
         settled = {"schedule": schedule, "input_bytes": 0}
-        with pytest.raises(Infeasible, match="needs .* too much. Would do: memory_limit=") as caught:
+        with pytest.raises(Infeasible, match=r"needs .* too much\. Would do: memory_limit=") as caught:
             solve(cells, stages, micro_batches=micro_batches, memory_limit=limit, **settled)
         error = caught.value
         assert error.memory_limit == (limit + error.missing_bytes,) * stages
