@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from gpipe.memory import copied, overlapping
+from gpipe.memory import copied, overlapping, version
 from gpipe.microbatch import refuse_hidden_tensors
 
 Gradients = list[Tensor | None]
@@ -77,7 +77,7 @@ class Boundary:
 
     def versions(self) -> tuple[int, ...]:
         """A number per tensor that changes when it is written to."""
-        return tuple(leaf._version for leaf in self.leaves if isinstance(leaf, Tensor) and not leaf.is_inference())
+        return tuple(version(leaf) for leaf in self.leaves if isinstance(leaf, Tensor))
 
     def tree(self, leaves: Sequence[Any] | None = None) -> Any:
         """The values, without graph; or ``leaves`` in their places."""

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gpipe.memory import version
+
 Place = tuple[nn.Module, str]
 
 
@@ -39,7 +41,7 @@ class ChangingBuffers:
     def watched(self, modules: Sequence[nn.Module]) -> Iterator[Before]:
         """Run a forward inside; gives what it started from."""
         buffers = {(m, name): b for m in modules for name, b in m._buffers.items() if b is not None}
-        versions = {place: _version(b) for place, b in buffers.items()}
+        versions = {place: version(b) for place, b in buffers.items()}
         pattern = tuple((id(m), m.training) for m in modules)
         known = self._changing.get(pattern)
         copies = {place: b.clone() for place, b in buffers.items() if known is None or place[0] in known}
@@ -47,7 +49,7 @@ class ChangingBuffers:
         yield before
         changing = self._changing.setdefault(pattern, set())
         for (m, name), b in buffers.items():
-            written = _version(b) != versions[m, name] or (known is None and not torch.equal(b, copies[m, name]))
+            written = version(b) != versions[m, name] or (known is None and not torch.equal(b, copies[m, name]))
             if written or m._buffers.get(name) is not b:
                 changing.add(m)
         for place in copies:
@@ -64,8 +66,8 @@ def rewound(before: Before) -> Iterator[None]:
     Raises:
         RuntimeError: A buffer of which no copy was made has been written to.
     """
-    for (m, name), version in before.versions.items():
-        if _version(before.buffers[m, name]) != version:
+    for (m, name), number in before.versions.items():
+        if version(before.buffers[m, name]) != number:
             raise RuntimeError(
                 f"the buffer {name!r} of {type(m).__name__} was modified in place after forward began, so a recompute "
                 "would not repeat it: modify it after backward, or wrap with checkpoint='never'"
@@ -78,7 +80,3 @@ def rewound(before: Before) -> Iterator[None]:
     finally:
         for (m, name), buffer in now.items():
             m._buffers[name] = buffer
-
-
-def _version(buffer: Tensor) -> int:
-    return -1 if buffer.is_inference() else buffer._version

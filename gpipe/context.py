@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,20 @@ class CallerContext:
         for device_type, dtype in self.autocast:
             stack.enter_context(torch.autocast(device_type, dtype, cache_enabled=False))
         return stack
+
+
+def refuse_transforms(parameters: Iterable[Tensor]) -> None:
+    """Raise a RuntimeError where the caller differentiates in a way that the workers' threads cannot know of."""
+    if forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None:
+        raise RuntimeError(
+            "torch.func transforms and forward-mode differentiation do not reach the workers of a pipe: "
+            "apply them to the unwrapped module"
+        )
+    if not all(p.is_leaf for p in parameters):
+        raise RuntimeError(
+            "a parameter of the pipe is computed from other tensors (torch.func.functional_call?), to which the "
+            "workers cannot pass gradients on: compute it in a cell, or call the unwrapped module"
+        )
 
 
 @contextmanager

@@ -28,6 +28,16 @@ def overlapping(leaves: Iterable[Any]) -> bool:
     return any(_most_holders(tensors) > 1 for tensors in _by_storage(leaves) if len(tensors) > 1)
 
 
+def version(tensor: Tensor) -> int:
+    """A number that changes when ``tensor`` is written to."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def address(tensor: Tensor) -> int:
+    """Where the values of ``tensor`` stand, 0 if it is not plain memory."""
+    return tensor.data_ptr() if _is_plain(tensor) else 0
+
+
 def _by_storage(leaves: Iterable[Any]) -> list[list[Tensor]]:
     """The tensors that are plain strided memory, grouped by storage and type."""
     groups: dict[Any, list[Tensor]] = {}

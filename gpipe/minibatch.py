@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpipe.batchnorm import Statistics, commit
 from gpipe.boundary import Boundary, Gradients
 from gpipe.context import CallerContext
+from gpipe.found import Found
 from gpipe.gradients import collected
 from gpipe.schedule import Action, Schedule
 from gpipe.stage import Flight, Head, Stage
@@ -33,14 +34,12 @@ class Pipeline:
         workers: The threads that perform their actions.
         lock: Held while they do: gradients, and what stages learn, are for one thread of the user at a time.
         parameters: The trainable parameters.
-        frozen: The others.
     """
 
     stages: Sequence[Stage]
     workers: Workers
     lock: AbstractContextManager[Any]
     parameters: Sequence[Tensor]
-    frozen: Sequence[Tensor] = ()
 
 
 class MiniBatch:
@@ -82,8 +81,7 @@ class MiniBatch:
             for stage in pipeline.stages
         ]
         self.spans: list[list[Span]] = [[] for _ in schedule.workers]
-        self._versions: tuple[int, ...] = ()
-        self._training: dict[nn.Module, bool] = {}
+        self._found: Found | None = None
         self._spent = False
         self.output_gradients: list[Gradients] = []
 
@@ -95,8 +93,7 @@ class MiniBatch:
     def forward(self, inputs: Sequence[Boundary]) -> list[Boundary]:
         """Run the forward half on every micro-batch's input; gives every micro-batch's output."""
         if self._schedule.recomputed:
-            self._versions = self._parameter_versions()
-            self._training = {m: m.training for flight in self._flights for m in flight.modules}
+            self._found = Found([m for flight in self._flights for m in flight.modules])
         forward, _ = self._schedule.halves
         transport = self._transport()
         self._enter(inputs, transport)
@@ -125,12 +122,8 @@ class MiniBatch:
                 "this mini-batch has gone backward already and its activations are freed: "
                 "pass retain_graph=True to the first backward, or run the pipe forward again"
             )
-        if self._schedule.recomputed and self._versions != self._parameter_versions():
-            raise RuntimeError(
-                "a parameter was modified in place after forward began - by optimizer.step(), by load_state_dict(), or "
-                "by a cell itself, as nn.Embedding(max_norm=...) does - so a recompute would not repeat the forward: "
-                "call backward before, or wrap with checkpoint='never'"
-            )
+        if self._found is not None:
+            self._found.check()
         self._spent = not keep_graph
         for flight in self._flights:
             flight.keep_graph = keep_graph
@@ -141,7 +134,7 @@ class MiniBatch:
             transport.send(CALLER, self._last, Direction.BACKWARD, m, by_leaf)
         count = len(gradients)
         del gradients, by_leaf
-        with collected(self.parameters) as totals, _flags(self._training):
+        with collected(self.parameters) as totals, self._found.restored() if self._found else nullcontext():
             self._perform(backward, transport, CallerContext.capture([s.device for s in self._pipeline.stages]))
         return [transport.receive(0, CALLER, Direction.BACKWARD, m) for m in range(count)], totals
 
@@ -189,26 +182,10 @@ class MiniBatch:
 
         return partial(self._context.variables.copy().run, run)
 
-    def _parameter_versions(self) -> tuple[int, ...]:
-        return tuple(p._version for p in (*self._pipeline.parameters, *self._pipeline.frozen))
-
     def _commit(self) -> None:
         if self._statistics:
             commit(self._statistics)
             self._statistics.clear()
-
-
-@contextmanager
-def _flags(training: dict[nn.Module, bool]) -> Iterator[None]:
-    """Give modules the training flags inside: a recompute is in the mode forward was in, whatever came between."""
-    changed = {m: m.training for m, flag in training.items() if m.training != flag}
-    for m in changed:
-        m.training = training[m]
-    try:
-        yield
-    finally:
-        for m, flag in changed.items():
-            m.training = flag
 
 
 @dataclass

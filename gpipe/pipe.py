@@ -17,7 +17,7 @@ from gpipe.autograd import attach
 from gpipe.balancing import MemoryLimit, Plan, balance_by_measurement, balance_by_parameters
 from gpipe.boundary import Boundary
 from gpipe.cells import refuse_sharing, registries
-from gpipe.context import autocast_off
+from gpipe.context import autocast_off, refuse_transforms
 from gpipe.loss import LossFunction, MicroBatchLoss, checked_loss
 from gpipe.microbatch import gather, row_count, scatter, split_sizes
 from gpipe.minibatch import MiniBatch, Pipeline
@@ -276,11 +276,10 @@ class GPipe(nn.Module):
         if not torch.is_grad_enabled():
             keep = (micro_batches,) * len(self._stages)
         modules = [self] if head is None or head.module is None else [self, head.module]
-        parameters = list({id(p): p for module in modules for p in module.parameters()}.values())
-        trainable = [p for p in parameters if p.requires_grad]
-        frozen = [p for p in parameters if not p.requires_grad]
+        parameters = {id(p): p for m in modules for p in m.parameters() if p.requires_grad}
+        refuse_transforms(parameters.values() if torch.is_grad_enabled() else ())
         batch = MiniBatch(
-            Pipeline(self._stages, self._workers, self._lock, trainable, frozen),
+            Pipeline(self._stages, self._workers, self._lock, list(parameters.values())),
             _schedule(len(self._stages), micro_batches, keep),
             seed=self.seed,
             step=self.step,

@@ -3,6 +3,7 @@
 import itertools
 import threading
 
+import pytest
 import torch
 from torch import nn
 
@@ -105,3 +106,32 @@ def assert_as_plain(make, inputs, loss_fn=lambda y: y.square().sum(), chunks=3, 
             module = make()
             found = train(make_pipe(module, balance, chunks, keep), module, inputs, loss_fn)
             assert_same(found, expected, f"balance {balance}, keep {keep}")
+
+
+KEEPS = ("always", "except_last", "never")
+every_keep = pytest.mark.parametrize("keep", KEEPS)
+
+
+def nets(keep, make=linears, balance=None, **options):
+    """A module, its pipe and its plain loop, which is on a copy."""
+    torch.manual_seed(1)
+    plain = make()
+    torch.manual_seed(1)
+    module = make()
+    return module, make_pipe(module, balance, checkpoint=keep, **options), PlainLoop(plain, options.get("chunks", 3))
+
+
+def assert_same_gradients(module, plain, where=""):
+    assert_same(gradients(module), gradients(plain.module), where)
+
+
+class Island(nn.Module):
+    """A cell that leaves the caller's autocast."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return self.linear(x.float())

@@ -7,18 +7,26 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+CONFIGURATIONS = sorted((ROOT / "examples").glob("*.yaml"))
+
+
+def run(*arguments, cwd):
+    command = [sys.executable, "-W", "error", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
 def test_script_runs(script, tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-W", "error", str(script)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip()
+    assert run(script, cwd=tmp_path).strip()
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=lambda p: p.name)
+def test_configuration_trains_for_a_few_steps(configuration, tmp_path):
+    shortened = ("training.steps=3", "training.batch_size=32", "training.schedule.warmup_steps=1", "output=run")
+    options = [word for setting in shortened for word in ("--set", setting)]
+    told = run("-m", "gpipe", "train", configuration, *options, cwd=tmp_path)
+    assert "trained 3 steps" in told
+    assert (tmp_path / "run" / "weights.safetensors").stat().st_size > 100_000
