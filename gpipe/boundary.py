@@ -94,13 +94,13 @@ class Boundary:
         if not places or not torch.is_grad_enabled():
             return self.tree()
         leaves = list(self.leaves)
-        opened = _Open.apply(arrived, places, _ANCHOR, *(leaves[i] for i in places))
+        # Makes autograd record a Function whose other inputs need no gradient. A fresh one: shared between threads, it
+        # is a lock that one holds while it waits for Python's, and the other the other way round (anomaly detection).
+        anchor = torch.empty(0, requires_grad=True, device="cpu")
+        opened = _Open.apply(arrived, places, anchor, *(leaves[i] for i in places))
         for i, tensor in zip(places, opened, strict=True):
             leaves[i] = tensor
         return self.tree(leaves)
-
-
-_ANCHOR = torch.empty(0, requires_grad=True)  # makes autograd record a Function whose other inputs need no gradient
 
 
 class _Open(torch.autograd.Function):
