@@ -18,7 +18,6 @@ from nets import (
     nets,
 )
 from torch import nn
-from torch.autograd import forward_ad
 
 Pair = namedtuple("Pair", "left right")
 
@@ -179,87 +178,6 @@ def test_writing_to_one_half_of_a_tensor():
         return nn.Sequential(Apply(halves, nn.Linear(4, 4)), join, nn.Linear(4, 4))
 
     assert_as_plain(make, torch.randn(6, 4))
-
-
-def test_parameters_modified_before_backward_are_noticed():
-    for frozen in (False, True):
-        module, pipe, _ = nets("always")
-        module[1].requires_grad_(not frozen)
-        loss = pipe(torch.ones(6, 4)).sum()
-        with torch.no_grad():
-            module[1].weight.mul_(2)
-        with pytest.raises(RuntimeError, match="a parameter was modified in place after forward began"):
-            loss.backward()
-    module, pipe, _ = nets("always")
-    loss = pipe(torch.ones(6, 4)).sum()
-    module[1].weight.data = torch.ones(4, 4)
-    with pytest.raises(RuntimeError, match="a parameter was modified in place after forward began"):
-        loss.backward()
-    module, pipe, _ = nets("never")
-    loss = pipe(torch.ones(6, 4)).sum()
-    with torch.no_grad():
-        module[0].weight.mul_(2)  # whose value no gradient depends on
-    loss.backward()
-
-
-# A recompute ran with the module's parameters of the moment.
-@every_keep
-def test_parameters_may_be_replaced_before_backward(keep):
-    module, pipe, plain = nets(keep)
-    x = torch.randn(6, 4)
-    for run, its in ((pipe, module), (plain, plain.module)):
-        used = its[1].weight
-        loss = run(x).square().sum()
-        its[1].weight = nn.Parameter(torch.zeros(4, 4))
-        loss.backward()
-        assert its[1].weight.grad is None
-        assert not its[1].weight.any()
-        its[1].weight = used
-    assert_same_gradients(module, plain)
-
-
-@every_keep
-def test_functional_call(keep):
-    module, pipe, _ = nets(keep)
-    given = {name: torch.randn_like(p).requires_grad_() for name, p in module.named_parameters()}
-    x = torch.randn(6, 4)
-    results = []
-    for run in (pipe, module):
-        loss = torch.func.functional_call(run, given, (x,)).square().mean()
-        results.append(torch.autograd.grad(loss, list(given.values())))
-    torch.testing.assert_close(*results)
-    assert all(p.grad is None for p in (*module.parameters(), *given.values()))
-
-    computed = {name: p * 2 for name, p in given.items()}
-    with pytest.raises(RuntimeError, match="computed from other tensors"):
-        torch.func.functional_call(pipe, computed, (x,))
-    with torch.no_grad():
-        torch.func.functional_call(pipe, computed, (x,))
-
-
-# Forward-mode gave no tangent at all, the others an error about storage.
-def test_transforms_of_functions_are_refused():
-    _, pipe, _ = nets("always")
-    x = torch.randn(6, 4)
-    for transformed in (
-        lambda: torch.func.grad(lambda x: pipe(x).sum())(x),
-        lambda: torch.vmap(pipe)(x[None]),
-    ):
-        with pytest.raises(RuntimeError, match=r"torch.func transforms and forward-mode .* the unwrapped module"):
-            transformed()
-    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="do not reach the workers"):
-        pipe(forward_ad.make_dual(x, x))
-    jacobian = torch.autograd.functional.jacobian(lambda x: pipe(x).sum(0), x)
-    torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(lambda x: pipe.module(x).sum(0), x))
-
-
-def test_buffers_modified_before_backward_are_noticed():
-    module = nn.Sequential(nn.Linear(4, 4), Apply(lambda x, part: x * part.mask, nn.Module()))
-    module[1].parts[0].register_buffer("mask", torch.ones(4))
-    loss = make_pipe(module, checkpoint="always")(torch.ones(6, 4)).sum()
-    module[1].parts[0].mask.zero_()
-    with pytest.raises(RuntimeError, match="the buffer 'mask' of Module was modified in place after forward began"):
-        loss.backward()
 
 
 # A gradient inside a cell's forward met activations that were dropped already.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import KEEPS, assert_same, compositions, gradients, linears, make_pipe, nets
+from nets import KEEPS, Island, assert_same, assert_same_gradients, compositions, gradients, linears, make_pipe, nets
 from torch import nn
 
 
@@ -129,3 +129,15 @@ def test_train_step_needs_gradients_and_a_known_word():
 def test_train_step_without_rows(loss_over):
     _, pipe, _ = nets("always")
     assert pipe.train_step(torch.ones(0, 4), torch.ones(0, 4), F.mse_loss, loss_over).isnan()
+
+
+# train_step ran backward in the caller's autocast over the mini-batch, but not over micro-batches.
+@pytest.mark.parametrize("loss_over", ["mini_batch", "micro_batch"])
+def test_train_step_goes_backward_outside_of_autocast(loss_over):
+    module, pipe, plain = nets("always", lambda: nn.Sequential(nn.Linear(4, 4), Island(), nn.Linear(4, 4)), chunks=1)
+    x, y = torch.randn(2, 6, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        pipe.train_step(x, y, F.mse_loss, loss_over)
+        loss = F.mse_loss(plain(x), y)
+    loss.backward()
+    assert_same_gradients(module, plain)

@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from nets import (
     KEEPS,
     Apply,
@@ -24,6 +23,7 @@ from nets import (
     nets,
 )
 from torch import nn
+from torch.autograd import forward_ad
 
 from gpipe import GPipe, is_checkpointing, is_recomputing
 
@@ -398,16 +398,89 @@ def test_autocast_gives_the_same_bits_for_every_balance_and_keep():
     assert first["0.weight"].dtype == torch.float32
 
 
-# train_step ran backward in the caller's autocast over the mini-batch, but not over micro-batches.
-@pytest.mark.parametrize("loss_over", ["mini_batch", "micro_batch"])
-def test_train_step_goes_backward_outside_of_autocast(loss_over):
-    module, pipe, plain = nets("always", lambda: nn.Sequential(nn.Linear(4, 4), Island(), nn.Linear(4, 4)), chunks=1)
-    x, y = torch.randn(2, 6, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        pipe.train_step(x, y, F.mse_loss, loss_over)
-        loss = F.mse_loss(plain(x), y)
+# Between forward and backward, and beside them
+
+
+def test_parameters_modified_before_backward_are_noticed():
+    for frozen in (False, True):
+        module, pipe, _ = nets("always")
+        module[1].requires_grad_(not frozen)
+        loss = pipe(torch.ones(6, 4)).sum()
+        with torch.no_grad():
+            module[1].weight.mul_(2)
+        with pytest.raises(RuntimeError, match="a parameter was modified in place after forward began"):
+            loss.backward()
+    module, pipe, _ = nets("always")
+    loss = pipe(torch.ones(6, 4)).sum()
+    module[1].weight.data = torch.ones(4, 4)
+    with pytest.raises(RuntimeError, match="a parameter was modified in place after forward began"):
+        loss.backward()
+    module, pipe, _ = nets("never")
+    loss = pipe(torch.ones(6, 4)).sum()
+    with torch.no_grad():
+        module[0].weight.mul_(2)  # whose value no gradient depends on
     loss.backward()
+
+
+# A recompute ran with the module's parameters of the moment.
+@every_keep
+def test_parameters_may_be_replaced_before_backward(keep):
+    module, pipe, plain = nets(keep)
+    x = torch.randn(6, 4)
+    for run, its in ((pipe, module), (plain, plain.module)):
+        used = its[1].weight
+        loss = run(x).square().sum()
+        its[1].weight = nn.Parameter(torch.zeros(4, 4))
+        loss.backward()
+        assert its[1].weight.grad is None
+        assert not its[1].weight.any()
+        its[1].weight = used
     assert_same_gradients(module, plain)
+
+
+@every_keep
+def test_functional_call(keep):
+    module, pipe, _ = nets(keep)
+    given = {name: torch.randn_like(p).requires_grad_() for name, p in module.named_parameters()}
+    x = torch.randn(6, 4)
+    results = []
+    for run in (pipe, module):
+        loss = torch.func.functional_call(run, given, (x,)).square().mean()
+        results.append(torch.autograd.grad(loss, list(given.values())))
+    torch.testing.assert_close(*results)
+    assert all(p.grad is None for p in (*module.parameters(), *given.values()))
+
+    computed = {name: p * 2 for name, p in given.items()}
+    with pytest.raises(RuntimeError, match="computed from other tensors"):
+        torch.func.functional_call(pipe, computed, (x,))
+    with torch.no_grad():
+        torch.func.functional_call(pipe, computed, (x,))
+
+
+# Forward-mode gave no tangent at all, the others an error about storage.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # used by make_dual
+def test_transforms_of_functions_are_refused():
+    _, pipe, _ = nets("always")
+    x = torch.randn(6, 4)
+    for transformed in (
+        lambda: torch.func.grad(lambda x: pipe(x).sum())(x),
+        lambda: torch.vmap(pipe)(x[None]),
+    ):
+        with pytest.raises(RuntimeError, match=r"torch.func transforms and forward-mode .* the unwrapped module"):
+            transformed()
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="do not reach the workers"):
+        pipe(forward_ad.make_dual(x, x))
+    jacobian = torch.autograd.functional.jacobian(lambda x: pipe(x).sum(0), x)
+    torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(lambda x: pipe.module(x).sum(0), x))
+
+
+def test_buffers_modified_before_backward_are_noticed():
+    module = nn.Sequential(nn.Linear(4, 4), Apply(lambda x, part: x * part.mask, nn.Module()))
+    module[1].parts[0].register_buffer("mask", torch.ones(4))
+    loss = make_pipe(module, checkpoint="always")(torch.ones(6, 4)).sum()
+    module[1].parts[0].mask.zero_()
+    with pytest.raises(RuntimeError, match="the buffer 'mask' of Module was modified in place after forward began"):
+        loss.backward()
 
 
 # Other uses
