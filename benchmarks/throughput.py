@@ -1,6 +1,6 @@
 """How close does a two-stage CPU pipeline come to what two cores can do, and what does wrapping alone cost?
 
-Run: python -m benchmarks.throughput [--rounds 9]
+Run: python -m benchmarks.throughput [--rounds 5] [--chunks 4 8 16]
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ def _one_stage(pipe: Connection, first: bool) -> None:
     x, y = data()
     x.requires_grad_(not first)
     module = layers(LAYERS // STAGES)
-    steps = {m: accumulate(module, x, y, m) for m in CHUNKS}
     while (chunks := pipe.recv()) is not None:
+        step = accumulate(module, x, y, chunks)
         start = perf_counter()
-        steps[chunks]()
+        step()
         pipe.send(perf_counter() - start)
 
 
@@ -106,14 +106,15 @@ class Ceiling:
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--chunks", type=int, nargs="+", default=list(CHUNKS))
+    rounds, chunks = parser.parse_args().rounds, parser.parse_args().chunks
     torch.set_num_threads(1)
     x, y = data()
     plain = layers(LAYERS)
     ceiling = Ceiling()
     contenders: dict[str, Callable[[], float]] = {}
-    for m in CHUNKS:
+    for m in chunks:
         contenders[f"plain loop, M={m}"] = timed(accumulate(plain, x, y, m))
         contenders[f"GPipe K=1, M={m}"] = timed(piped(1, x, y, m))
         contenders[f"GPipe K=2, M={m}"] = timed(piped(2, x, y, m))
@@ -121,7 +122,7 @@ def main() -> None:
     samples = interleave(contenders, rounds)
     ceiling.close()
     rows = []
-    for m in CHUNKS:
+    for m in chunks:
         loop, one, two, best = (
             samples[f"{name}, M={m}"].median for name in ("plain loop", "GPipe K=1", "GPipe K=2", "ceiling")
         )
