@@ -307,3 +307,12 @@ def test_branches_of_operators_of_higher_order_draw_from_the_cells_seed():
         found = make_pipe(module)(torch.ones(6, 4))
         assert torch.equal(found, make_pipe(module)(torch.ones(6, 4)))
         assert torch.equal(found, PlainLoop(module)(torch.ones(6, 4)))
+
+
+def test_attention_without_dropout_draws_nothing():
+    mode = CellGenerators(None)
+    x = torch.randn(2, 3, 4)
+    for p in (0.0, 0.5):
+        with torch.inference_mode(), mode.running(5, {}, False):
+            F.scaled_dot_product_attention(x, x, x, dropout_p=p)
+        assert mode.drew == bool(p)
