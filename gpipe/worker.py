@@ -119,9 +119,9 @@ class Workers:
         callers = torch.get_num_threads()
         for thread in self._threads:
             thread.start()
+        self._stop = weakref.finalize(self, _stop, self._process, self._jobs, self._threads)
         self.run([lambda: None] * count)  # now every thread has set its own
         torch.set_num_threads(callers)  # a worker's setting is also the default for threads that start later
-        self._stop = weakref.finalize(self, _stop, self._process, self._jobs, self._threads)
 
     def usable(self) -> bool:
         """Whether the threads exist in this process (they do not in a fork of it)."""
@@ -195,6 +195,7 @@ class _Once:
 
 
 def _serve(jobs: _Jobs, intra_op_threads: int) -> None:
+    torch.get_num_threads()  # otherwise the first operator would set this thread's number to the process's
     torch.set_num_threads(intra_op_threads)
     while (job := jobs.get()) is not None:
         job()

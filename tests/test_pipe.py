@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import threading
 import weakref
 from collections import OrderedDict
 
@@ -417,6 +418,23 @@ def test_timeline_of_the_latest_mini_batch():
     lines = pipe.timeline.render(40).splitlines()
     assert [line.split("|")[0] for line in lines] == ["worker 0 ", "worker 1 "]
     assert all(len(line.split("|")[1]) == 40 for line in lines)
+
+
+def test_workers_share_the_callers_intra_op_threads():
+    seen = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    try:
+        ask = Apply(lambda x: seen.append(torch.get_num_threads()) or x)
+        pipe = make_pipe(nn.Sequential(ask, nn.ReLU()), chunks=1)
+        pipe(torch.ones(1, 4))
+        later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert seen == [2, 5]
+        assert torch.get_num_threads() == 5
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_dropped_pipe_is_freed_without_garbage_collection():

@@ -126,6 +126,17 @@ def test_inputs_that_require_grad(keep):
     assert_same(inputs[:1], inputs[1:])
 
 
+@every_keep
+def test_inputs_that_no_output_depends_on_get_no_gradient(keep):
+    module = nn.Sequential(Apply(lambda t: (t[0] * 2, t[1])), Apply(lambda t: t[0]))
+    used, unused = torch.ones(2, 6, 4).requires_grad_().unbind()
+    used.retain_grad()
+    unused.retain_grad()
+    make_pipe(module, checkpoint=keep)((used, unused)).sum().backward()
+    assert torch.equal(used.grad, torch.full((6, 4), 2.0))
+    assert unused.grad is None
+
+
 def test_input_gradients_of_a_frozen_model():
     module, pipe, _ = nets("always")
     pipe.requires_grad_(False)
