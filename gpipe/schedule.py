@@ -6,193 +6,156 @@ This module knows neither torch nor how an action is performed.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import cached_property
-from typing import NamedTuple
+from os import PathLike
+from typing import Any
 
+import numpy as np
 
-class Kind(StrEnum):
-    """What a worker does with one micro-batch on one stage."""
+from gpipe import grid, notation
+from gpipe.actions import Action, Actions, F, Kind, R, ScheduleError
+from gpipe.legality import check_places, check_presence
+from gpipe.order import Order
 
-    FORWARD = "F"
-    RECOMPUTE = "R"
-    BACKWARD = "B"
+__all__ = ["Action", "Actions", "Kind", "Schedule", "ScheduleError"]
 
-
-class Action(NamedTuple):
-    """One step of a worker; prints as ``2F0``."""
-
-    stage: int
-    kind: Kind
-    micro_batch: int
-
-    def __str__(self) -> str:
-        return f"{self.stage}{self.kind}{self.micro_batch}"
-
-
-class ScheduleError(ValueError):
-    """A schedule that cannot be run: an action is missing, doubled, misordered, or waits for ever."""
+_NAMED = 8  # workers in a message
 
 
 @dataclass(frozen=True)
 class Schedule:
     """For every worker the ordered actions it performs.
 
+    A micro-batch passes each stage as F, then either B, or I and later W; an R between F and its backward says that F
+    drops the activations and R makes them again. Constructing checks types alone; ``validate`` proves the rest.
+
     Attributes:
         name: How the schedule is called in messages.
         stages: Number of stages K.
         micro_batches: Number of micro-batches M.
-        workers: Per worker its actions, in order. A worker hosts the stages its actions name.
+        workers: Per worker its actions, in order. A worker hosts the stages its actions name. Any sequences of
+            ``Action`` may be given; they are held as ``Actions``, which compare by what they contain.
+
+    Raises:
+        ScheduleError: Something in ``workers`` is no action, or K and M are no sensible numbers.
     """
 
     name: str
     stages: int
     micro_batches: int
-    workers: tuple[tuple[Action, ...], ...]
+    workers: tuple[Sequence[Action], ...]
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("stages", self.stages, 0), ("micro_batches", self.micro_batches, 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ScheduleError(f"schedule {self.name!r}: {name} must be an int of at least {least}, got {value!r}")
+        try:
+            compact = tuple(Actions.of(actions) for actions in self.workers)
+        except ScheduleError as error:
+            raise ScheduleError(f"schedule {self.name!r}: {error}") from None
+        object.__setattr__(self, "workers", compact)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: vars(self)[name] for name in self.__dataclass_fields__}  # what is cached can be found again
 
     @cached_property
     def recomputed(self) -> frozenset[tuple[int, int]]:
         """The (stage, micro-batch) pairs that have a recompute ahead of their backward."""
-        return frozenset((a.stage, a.micro_batch) for a in self._actions() if a.kind == Kind.RECOMPUTE)
+        pairs: set[tuple[int, int]] = set()
+        for actions in self._workers:
+            here = actions.kind == R
+            pairs.update(zip(actions.stage[here].tolist(), actions.micro_batch[here].tolist(), strict=True))
+        return frozenset(pairs)
 
     @cached_property
-    def halves(self) -> tuple[tuple[tuple[Action, ...], ...], tuple[tuple[Action, ...], ...]]:
+    def halves(self) -> tuple[tuple[Sequence[Action], ...], tuple[Sequence[Action], ...]]:
         """The forward actions of every worker, and all that follows them.
 
         Raises:
             ScheduleError: A worker has to go forward after it has gone backward, so that the loss of the whole
                 mini-batch cannot stand between the two.
         """
-        for worker, actions in enumerate(self.workers):
-            kinds = [a.kind == Kind.FORWARD for a in actions]
-            if kinds != sorted(kinds, reverse=True):
-                late = next(
-                    a
-                    for a, b in zip(actions[1:], actions, strict=False)
-                    if a.kind == Kind.FORWARD and b.kind != Kind.FORWARD
-                )
+        counts = []
+        for worker, actions in enumerate(self._workers):
+            forward = actions.kind == F
+            counts.append(int(forward.sum()))
+            late = np.flatnonzero(forward[1:] & ~forward[:-1])
+            if len(late):
                 raise ScheduleError(
-                    f"schedule {self.name!r} interleaves forward and backward (worker {worker} runs {late} after a "
-                    "backward), so no loss over the whole mini-batch exists between them: "
-                    "use loss_over='micro_batch' or the schedule 'gpipe'"
+                    f"schedule {self.name!r} interleaves forward and backward (worker {worker} runs "
+                    f"{actions[late[0] + 1]} after a backward), so no loss over the whole mini-batch exists between "
+                    "them: use loss_over='micro_batch', or a schedule that runs all forwards first ('gpipe', "
+                    "'gpipe_zero_bubble')"
                 )
-        forward = tuple(tuple(a for a in w if a.kind == Kind.FORWARD) for w in self.workers)
-        backward = tuple(tuple(a for a in w if a.kind != Kind.FORWARD) for w in self.workers)
-        return forward, backward
+        return (
+            tuple(actions[:n] for n, actions in zip(counts, self._workers, strict=True)),
+            tuple(actions[n:] for n, actions in zip(counts, self._workers, strict=True)),
+        )
 
     def validate(self) -> Schedule:
-        """Prove that every F and B happens exactly once and that no worker waits for ever; returns itself.
+        """Prove that every forward and backward happens exactly once and that no worker waits for ever; returns itself.
 
         Raises:
-            ScheduleError: With the offending action and the grid of what could be run.
+            ScheduleError: With the offending action and the grid around it.
         """
-        self._check_counts()
-        steps, blocked = self._walk()
-        if blocked:
-            unmet = {a: [n for n in self._needs(a) if n not in steps] for a in blocked.values()}
-            waits = "; ".join(f"worker {w} at {a} waits for {_text(unmet[a])}" for w, a in blocked.items())
+        check_places(self.name, self.stages, self.micro_batches, self._workers)
+        check_presence(self.name, self.stages, self.micro_batches, self._workers)
+        stuck = self.order.stuck()
+        if stuck:
+            cause = self.order.cycle(stuck)
+            named = sorted(stuck) if len(stuck) <= _NAMED else cause[:_NAMED]
+            waits = "; ".join(self._wait(worker, stuck[worker]) for worker in named)
+            more = f"; {len(stuck) - len(named)} other workers wait too" if len(stuck) > len(named) else ""
             raise ScheduleError(
-                f"schedule {self.name!r} never ends: {waits}. Reorder these actions.\n"
-                + self._grid(steps, dict(blocked))
+                f"schedule {self.name!r} never ends: {waits}{more}. Reorder these actions.\n"
+                + grid.around(self.order, cause[0])
             )
         return self
 
     def render(self) -> str:
         """A grid, one line a worker, one column a step, every action as early as its order and needs allow."""
-        steps, blocked = self._walk()
-        return self._grid(steps, dict(blocked))
+        return grid.by_step(self.order)
 
-    def _actions(self) -> Iterator[Action]:
-        for actions in self.workers:
-            yield from actions
+    def to_csv(self, path: str | PathLike[str]) -> None:
+        """Write the schedule as torch.distributed.pipelining does: a line a rank, its actions ``0F0,0F1,0B1,0B0``.
 
-    def _needs(self, action: Action) -> list[Action]:
-        """What must have been performed, anywhere, before ``action`` can start."""
-        stage, kind, m = action
-        if kind == Kind.FORWARD:
-            return [Action(stage - 1, Kind.FORWARD, m)] if stage else []
-        needs = [Action(stage, Kind.FORWARD, m)]
-        if kind == Kind.BACKWARD:
-            if stage + 1 < self.stages:
-                needs.append(Action(stage + 1, Kind.BACKWARD, m))
-            if (stage, m) in self.recomputed:
-                needs.append(Action(stage, Kind.RECOMPUTE, m))
-        return needs
+        torch's ``_load_csv(path, format="compute_only")`` reads the file. Recompute, ``0R1``, is ours: torch's actions
+        know no such kind, and its reader refuses a file that holds one.
+        """
+        notation.write(path, self.workers)
 
-    def _check_counts(self) -> None:
-        counts = Counter(self._actions())
-        hosts: dict[int, int] = {}
-        for worker, actions in enumerate(self.workers):
-            for action in actions:
-                self._check_range(worker, action)
-                if hosts.setdefault(action.stage, worker) != worker:
-                    raise ScheduleError(
-                        f"schedule {self.name!r}: {action} is given to worker {worker}, but worker "
-                        f"{hosts[action.stage]} hosts stage {action.stage}. Give a stage to one worker."
-                    )
-        for stage in range(self.stages):
-            for m in range(self.micro_batches):
-                for kind in (Kind.FORWARD, Kind.BACKWARD):
-                    action = Action(stage, kind, m)
-                    if not counts[action]:
-                        raise ScheduleError(f"schedule {self.name!r}: {action} is missing\n{self._raw_grid()}")
-        doubled = [action for action, n in counts.items() if n > 1]
-        if doubled:
-            raise ScheduleError(
-                f"schedule {self.name!r}: {doubled[0]} stands {counts[doubled[0]]} times\n" + self._raw_grid(doubled[0])
-            )
+    @classmethod
+    def from_csv(cls, path: str | PathLike[str], name: str | None = None) -> Schedule:
+        """Read a file of ``to_csv``, or of torch's ``_dump_csv(path, format="compute_only")``; validates it.
 
-    def _check_range(self, worker: int, action: Action) -> None:
-        if not (0 <= action.stage < self.stages and 0 <= action.micro_batch < self.micro_batches):
-            raise ScheduleError(
-                f"schedule {self.name!r}: {action} of worker {worker} is outside {self.stages} stages and "
-                f"{self.micro_batches} micro-batches"
-            )
+        Empty cells, which torch writes for steps without work, are left out; of an overlapped pair
+        ``(0F1;3B0)OVERLAP_F_B`` the actions are taken one after the other.
 
-    def _walk(self) -> tuple[dict[Action, int], dict[int, Action]]:
-        """The earliest step of every action in unit time, and the actions workers are stuck at."""
-        needs = {a: self._needs(a) for a in self._actions()}
-        steps: dict[Action, int] = {}
-        position = [0] * len(self.workers)
-        clock = [0] * len(self.workers)
-        moved = True
-        while moved:
-            moved = False
-            for w, actions in enumerate(self.workers):
-                while position[w] < len(actions) and all(n in steps for n in needs[actions[position[w]]]):
-                    action = actions[position[w]]
-                    steps[action] = max([clock[w], *(steps[n] + 1 for n in needs[action])])
-                    clock[w] = steps[action] + 1
-                    position[w] += 1
-                    moved = True
-        blocked = {w: a[position[w]] for w, a in enumerate(self.workers) if position[w] < len(a)}
-        return steps, blocked
+        Args:
+            path: The file.
+            name: How the schedule is called in messages; None takes the file's.
 
-    def _grid(self, steps: dict[Action, int], blocked: dict[int, Action]) -> str:
-        rows = []
-        for w, actions in enumerate(self.workers):
-            row: list[str] = []
-            for action in actions:
-                if action in steps:
-                    row += [""] * (steps[action] - len(row))
-                    row.append(str(action))
-            if w in blocked:
-                row.append(f"{blocked[w]}<--")
-            rows.append(row)
-        return _lines(rows)
+        Raises:
+            ScheduleError: A cell is no computation, or the schedule cannot be run.
+        """
+        stem, workers = notation.read(path)
+        every = [action for actions in workers for action in actions]
+        stages, micro_batches = 1 + max(a.stage for a in every), 1 + max(a.micro_batch for a in every)
+        return cls(stem if name is None else name, stages, micro_batches, tuple(workers)).validate()
 
-    def _raw_grid(self, mark: Action | None = None) -> str:
-        return _lines([[f"{a}<--" if a == mark else str(a) for a in actions] for actions in self.workers])
+    @cached_property
+    def order(self) -> Order:
+        """What every action waits for, and the earliest step it can run at."""
+        check_places(self.name, self.stages, self.micro_batches, self._workers)
+        return Order.of(self.stages, self.micro_batches, self._workers)
 
+    @property
+    def _workers(self) -> tuple[Actions, ...]:
+        return self.workers  # type: ignore[return-value]  # __post_init__ made them so
 
-def _text(actions: list[Action]) -> str:
-    return ", ".join(map(str, actions))
-
-
-def _lines(rows: list[list[str]]) -> str:
-    width = max((len(cell) for row in rows for cell in row), default=0)
-    lines = (f"worker {w}: " + " ".join(cell.ljust(width) for cell in row) for w, row in enumerate(rows))
-    return "\n".join(line.rstrip() for line in lines)
+    def _wait(self, worker: int, index: int) -> str:
+        order = self.order
+        unmet = ", ".join(str(order.actions[n]) for n in order.needs(index))
+        return f"worker {worker} at {order.actions[index]} waits for {unmet}"
