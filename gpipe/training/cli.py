@@ -1,7 +1,8 @@
-"""The command line: ``gpipe train`` and ``gpipe eval``."""
+"""The command line: ``gpipe train``, ``gpipe eval`` and ``gpipe plan``."""
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from gpipe.training.build import make_plan
 from gpipe.training.errors import UserError
 from gpipe.training.logs import tell
 from gpipe.training.loop import train as train_plan
+from gpipe.training.plan import plan_pipeline
+from gpipe.training.plan_report import as_json, report
 from gpipe.training.reading import read_configuration
 from gpipe.training.scoring import Scores, score
 
@@ -83,6 +86,38 @@ def evaluate_run(
         scores, written = score(folder, batch_size=batch_size, device=device, json_file=json_file)
         console.print(_table(scores))
         tell(console, f"written to {written}")
+
+
+@app.command(name="plan")
+def plan_devices(
+    file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="The configuration.")],
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            metavar="8xH100|FILE.yaml",
+            help="Devices to plan for; costs are then estimated.  [default: those here; costs are measured]",
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What every device may hold, e.g. 80GiB.  [default: all it has]")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override a key, e.g. training.batch_size=512. May be repeated."
+        ),
+    ] = None,
+    print_json: Annotated[bool, typer.Option("--json", help="Print everything that was found, as JSON.")] = False,
+) -> None:
+    """Find the best stages, chunks and checkpoint for what FILE.yaml trains."""
+    with _told():
+        errors = Console(stderr=True)
+        plan = make_plan(read_configuration(file, overrides or []), file)
+        planning = plan_pipeline(plan, devices=devices, memory=memory, tell=lambda line: tell(errors, line))
+        if print_json:
+            typer.echo(json.dumps(as_json(planning), indent=2, allow_nan=False))
+        else:
+            report(planning, Console())
 
 
 @contextmanager

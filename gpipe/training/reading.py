@@ -85,24 +85,26 @@ def dump(configuration: Configuration) -> str:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = _parse(file.read_text(encoding="utf-8"))
+        values = parse_yaml(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigurationError(file, ["there is no such file"]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(file, [f"cannot be read: {error}"]) from error
     except yaml.YAMLError as error:
-        raise ConfigurationError(file, [_yaml_problem(error)]) from None
+        raise ConfigurationError(file, [yaml_problem(error)]) from None
     if not isinstance(values, dict):
         what = "is empty" if values is None else f"holds a {type(values).__name__}"
         raise ConfigurationError(file, [f"{what}; expected a mapping with the keys {', '.join(_sections())}"])
     return values
 
 
-def _parse(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
+    """The values of a YAML text; a key that stands twice is refused."""
     return yaml.load(text, Loader=_Loader)
 
 
-def _yaml_problem(error: yaml.YAMLError) -> str:
+def yaml_problem(error: yaml.YAMLError) -> str:
+    """What is wrong with a text, and where, in a line."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return f"is no valid YAML: {' '.join(str(error).split())}"
@@ -117,9 +119,9 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not equals or not all(parts):
         raise ConfigurationError(source, ["expected key=value, such as pipeline.stages=4"])
     try:
-        value = _parse(text)
+        value = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigurationError(source, [f"the value is no valid YAML: {_yaml_problem(error)}"]) from None
+        raise ConfigurationError(source, [f"the value is no valid YAML: {yaml_problem(error)}"]) from None
     section = values
     for depth, part in enumerate(parts[:-1], start=1):
         if section.get(part) is None:
