@@ -7,8 +7,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,17 @@ def timed(run: Callable[[], Any]) -> Callable[[], float]:
     return once
 
 
+def steady(run: Callable[[], Any]) -> Callable[[], float]:
+    """The same, timed the second time in a row: memory and caches are no longer those of the contender before."""
+    again = timed(run)
+
+    def once() -> float:
+        run()
+        return again()
+
+    return once
+
+
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     model = platform.processor()
@@ -98,27 +109,53 @@ def machine() -> dict[str, Any]:
     }
 
 
-def report(name: str, title: str, columns: list[str], rows: list[list[str]], samples: Mapping[str, Samples]) -> None:
-    """Print a table, and save it with the machine and every sample under ``benchmarks/results``."""
-    table = Table(title=title)
-    for column in columns:
-        table.add_column(column, justify="left" if column == columns[0] else "right")
-    for row in rows:
-        table.add_row(*row)
-    Console(width=140).print(table)
+@dataclass(frozen=True)
+class Result:
+    """One table of a report.
+
+    Attributes:
+        title: What it shows.
+        columns: Their heads.
+        rows: As they are to be read.
+        note: What it does not show, or why it is as it is.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+def report(name: str, results: Sequence[Result], samples: Mapping[str, Samples]) -> None:
+    """Print tables, and save them with the machine and every sample under ``benchmarks/results``."""
+    about = ", ".join(f"{k} {v}" for k, v in machine().items())
+    lines = [f"`python -m benchmarks.{name}`; {about}"]
+    for result in results:
+        _print(result)
+        lines += ["", f"## {result.title}", "", _line(result.columns), "|" + " --- |" * len(result.columns)]
+        lines += [_line(row) for row in result.rows]
+        lines += ["", result.note] if result.note else []
     RESULTS.mkdir(exist_ok=True)
-    lines = [f"# {title}", "", f"`python -m benchmarks.{name}`; " + ", ".join(f"{k} {v}" for k, v in machine().items())]
-    lines += ["", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
     record = {
-        "title": title,
         "machine": machine(),
-        "columns": columns,
-        "rows": rows,
+        "results": [asdict(result) for result in results],
         "samples": {k: {"seconds": s.seconds, "foreign": s.foreign} for k, s in samples.items()},
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _print(result: Result) -> None:
+    table = Table(title=result.title, caption=result.note or None)
+    for i, column in enumerate(result.columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in result.rows:
+        table.add_row(*row)
+    Console(width=140).print(table)
 
 
 def _busy() -> float:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import gpipe
-from benchmarks.harness import interleave, own_process, report, timed
+from benchmarks.harness import Result, interleave, own_process, report, timed
 
 WIDTH, HEADS, FEED_FORWARD, SEQUENCE, BATCH, LAYERS = 512, 8, 2048, 128, 32, 8
 CHUNKS = (4, 8, 16)
@@ -147,7 +147,7 @@ def main() -> None:
         "K=2 of ceiling x M/(M+1)",
     ]
     title = f"{LAYERS} Transformer layers, d {WIDTH}, sequence {SEQUENCE}, batch {BATCH}, one intra-op thread a stage"
-    report("throughput", title, columns, rows, samples)
+    report("throughput", [Result(title, columns, rows)], samples)
 
 
 if __name__ == "__main__":

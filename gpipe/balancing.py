@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from gpipe.microbatch import row_count
-from gpipe.partitioning.balance import split_evenly
 from gpipe.partitioning.partition import Partition
 from gpipe.partitioning.profile import profile
 from gpipe.partitioning.solve import solve
+from gpipe.partitioning.split import split_evenly
 from gpipe.settings import Checkpoint, check_checkpoint, check_devices, kept_micro_batches
 
 MemoryLimit = int | str | Sequence[int | str]
@@ -87,7 +87,7 @@ def balance_by_measurement(
         keep = kept_micro_batches(check_checkpoint(checkpoint, stages), stages, micro_batches)
     device = check_devices(devices, stages)[0]
     with _intra_op_threads(max(1, torch.get_num_threads() // stages)):
-        costs = profile(module, sample, device=device, chunks=chunks)
+        costs = profile(module, sample, device=device, chunks=chunks, company=stages - 1)
     rows = row_count(sample)
     size = sum(t.nbytes for t in tree_leaves(sample) if isinstance(t, Tensor))
     partition = solve(

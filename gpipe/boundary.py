@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,6 +64,10 @@ class Boundary:
         """The same values in storage of their own: what a stage writes to them nobody else sees."""
         return replace(self, leaves=copied(self.leaves))
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Boundary:
+        """The same with ``function`` of every tensor."""
+        return replace(self, leaves=tuple(function(x) if isinstance(x, Tensor) else x for x in self.leaves))
+
     def check_writes(self, versions: tuple[int, ...]) -> None:
         """Raise a RuntimeError if, since it had ``versions``, a tensor was written to that overlaps with another.
 
@@ -101,6 +105,13 @@ class Boundary:
         for i, tensor in zip(places, opened, strict=True):
             leaves[i] = tensor
         return self.tree(leaves)
+
+
+def map_message(message: Boundary | Gradients, function: Callable[[Tensor], Tensor]) -> Boundary | Gradients:
+    """What stages send each other, outputs or gradients, with ``function`` of every tensor."""
+    if isinstance(message, Boundary):
+        return message.map(function)
+    return [None if gradient is None else function(gradient) for gradient in message]
 
 
 class _Open(torch.autograd.Function):

@@ -16,6 +16,7 @@ from gpipe.boundary import Boundary, Gradients
 from gpipe.context import CallerContext
 from gpipe.found import Found
 from gpipe.gradients import collected
+from gpipe.metering import Meters
 from gpipe.schedule import Action, Schedule
 from gpipe.stage import Flight, Head, Stage
 from gpipe.timeline import Span
@@ -52,6 +53,7 @@ class MiniBatch:
         step: The training step, which random draws depend on.
         defer_batch_norm: Collect batch-norm statistics and commit them after forward.
         head: Computes each micro-batch's loss on the last stage, for schedules that interleave forward and backward.
+        meters: Count what the stages hold.
     """
 
     def __init__(
@@ -63,7 +65,9 @@ class MiniBatch:
         step: int,
         defer_batch_norm: bool = False,
         head: Head | None = None,
+        meters: Meters | None = None,
     ) -> None:
+        self._meters = meters
         self._pipeline = pipeline
         self._schedule = schedule
         self._context = CallerContext.capture([s.device for s in pipeline.stages])
@@ -144,7 +148,8 @@ class MiniBatch:
         transport = self._transport()
         self._enter(inputs, transport)
         for m in range(len(inputs)):
-            transport.send(CALLER, self._last, Direction.BACKWARD, m, None)
+            one = torch.ones((), device=self._flights[-1].stage.device)
+            transport.send(CALLER, self._last, Direction.BACKWARD, m, [one])
         with collected(self.parameters) as totals:
             self._perform(self._schedule.workers, transport, self._context.without_autocast())
         self._commit()
@@ -163,10 +168,10 @@ class MiniBatch:
             transport.send(CALLER, 0, Direction.FORWARD, m, boundary.copy())
 
     def _transport(self) -> ThreadTransport:
-        return ThreadTransport([stage.device for stage in self._pipeline.stages])
+        return ThreadTransport([stage.device for stage in self._pipeline.stages], self._meters)
 
     def _perform(self, actions: Actions, transport: ThreadTransport, backward_modes: CallerContext) -> None:
-        work = Work(self._flights, transport, self._context, backward_modes)
+        work = Work(self._flights, transport, self._context, backward_modes, self._meters)
         jobs = [self._job(work, *worker) for worker in zip(actions, self.spans, strict=True)]
         self._pipeline.workers.run(jobs, transport.abort)
 

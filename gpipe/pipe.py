@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any, Literal, NoReturn, Self, overload
@@ -19,6 +20,7 @@ from gpipe.boundary import Boundary
 from gpipe.cells import refuse_sharing, registries
 from gpipe.context import autocast_off, refuse_transforms
 from gpipe.loss import LossFunction, MicroBatchLoss, checked_loss
+from gpipe.metering import Meters
 from gpipe.microbatch import gather, row_count, scatter, split_sizes
 from gpipe.minibatch import MiniBatch, Pipeline
 from gpipe.partitioning.cells import cells_of
@@ -119,9 +121,9 @@ class GPipe(nn.Module):
             batch = self._mini_batch(len(parts))
             outputs = batch.forward([Boundary.of(part) for part in parts])
             self.step += self.training
-        if torch.is_grad_enabled():
-            return gather(attach(batch, parts, outputs))
-        return gather([output.tree() for output in outputs])
+        trees = attach(batch, parts, outputs) if torch.is_grad_enabled() else [output.tree() for output in outputs]
+        with nullcontext() if self._meters is None else self._meters.counting(len(self._stages) - 1):
+            return gather(trees)
 
     def train_step(
         self,
@@ -243,7 +245,7 @@ class GPipe(nn.Module):
         return f"balance={self.balance}, devices={devices}, chunks={self.chunks}, checkpoint={self.checkpoint!r}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("_stages", "_workers", "_lock", "_spans")}
+        return {k: v for k, v in vars(self).items() if k not in ("_stages", "_workers", "_lock", "_spans", "_meters")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -265,6 +267,7 @@ class GPipe(nn.Module):
         self._workers: Workers | None = None
         self._lock = threading.RLock()
         self._spans: Sequence[Sequence[Any]] = []
+        self._meters: Meters | None = None
 
     def _mini_batch(self, micro_batches: int, head: Head | None = None) -> MiniBatch:
         module = vars(self)["module"]
@@ -285,6 +288,7 @@ class GPipe(nn.Module):
             step=self.step,
             defer_batch_norm=self.deferred_batch_norm,
             head=head,
+            meters=self._meters,
         )
         self._spans = batch.spans
         return batch

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from gpipe.batchnorm import Statistics, deferred
 from gpipe.boundary import Boundary, Gradients, leaves_once
@@ -66,7 +67,7 @@ class Stage:
 class _Graph:
     """The recorded forward of one micro-batch, ready to go backward."""
 
-    roots: list[tuple[int, Tensor]]  # (leaf index, tensor): the outputs a gradient can enter by
+    roots: list[tuple[int, GradientEdge]]  # (leaf index, where a gradient of it enters): holds no output
     arrived: Gradients  # filled by backward: a gradient for every leaf of the input
 
 
@@ -151,24 +152,19 @@ class Flight:
                 "a cell must compute the same both times"
             )
 
-    def backward(self, m: int, gradients: Sequence[Tensor | None] | None) -> Gradients:
+    def backward(self, m: int, gradients: Sequence[Tensor | None]) -> Gradients:
         """Run micro-batch ``m`` backward; parameter gradients accumulate in ``parameter.grad``.
 
         Args:
             m: The micro-batch.
-            gradients: One for every leaf of the stage's output, None where none came. None instead of all if the
-                output is the loss, where backward starts.
+            gradients: One for every leaf of the stage's output, None where none came.
 
         Returns:
             One for every leaf of the stage's input.
         """
         lasting = self.keep_graph and m not in self.recomputed
         graph = self._graphs[m] if lasting else self._graphs.pop(m)
-        entering: list[tuple[Tensor, Tensor | None]]
-        if gradients is None:
-            entering = [(root, None) for _, root in graph.roots]
-        else:
-            entering = [(root, gradients[i]) for i, root in graph.roots if gradients[i] is not None]
+        entering = [(root, gradients[i]) for i, root in graph.roots if gradients[i] is not None]
         graph.arrived[:] = [None] * len(graph.arrived)
         if entering:
             roots, values = zip(*entering, strict=True)
@@ -184,7 +180,7 @@ class Flight:
         output = self._run(phase, boundary.open(arrived))
         boundary.check_writes(versions)
         cut = Boundary.of(output)
-        roots = [(i, leaf) for i, leaf in enumerate(leaves_once(output)[0]) if cut.needs_grad[i]]
+        roots = [(i, get_gradient_edge(leaf)) for i, leaf in enumerate(leaves_once(output)[0]) if cut.needs_grad[i]]
         return _Graph(roots, arrived), cut
 
     def _run(self, phase: Phase, value: Any) -> Any:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gpipe.microbatch import gather, scatter
-from gpipe.partitioning.balance import split_evenly
 from gpipe.partitioning.cells import cells_of
+from gpipe.partitioning.split import split_evenly
 from gpipe.pipe import GPipe
 from gpipe.rng import cell_seed
 from gpipe.settings import Checkpoint

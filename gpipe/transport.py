@@ -14,7 +14,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+
+from gpipe.boundary import map_message
+from gpipe.metering import Meters
 
 CALLER = -1
 
@@ -77,10 +79,12 @@ class ThreadTransport:
 
     Args:
         devices: The device of every stage; tensors that live on the sender's arrive on the receiver's.
+        meters: Count what arrives.
     """
 
-    def __init__(self, devices: Sequence[torch.device]) -> None:
+    def __init__(self, devices: Sequence[torch.device], meters: Meters | None = None) -> None:
         self._devices = devices
+        self._meters = meters
         self._aborted = False
         last = len(devices) - 1
         pairs = [(CALLER, 0), *((k, k + 1) for k in range(last)), (last, CALLER)]
@@ -92,7 +96,9 @@ class ThreadTransport:
     def send(self, source: int, target: int, direction: Direction, micro_batch: int, message: Any) -> None:
         """Hand a message over; tensors for another accelerator start on their way."""
         if CALLER not in (source, target) and self._devices[source] != self._devices[target]:
-            message = tree_map_only(Tensor, partial(_move, self._devices[source], self._devices[target]), message)
+            message = map_message(message, partial(_move, self._devices[source], self._devices[target]))
+        if self._meters is not None and target != CALLER:
+            message = map_message(message, partial(self._meters.delivered, target))
         self._channels[source, target, direction].put(micro_batch, message)
 
     def receive(self, source: int, target: int, direction: Direction, micro_batch: int) -> Any:

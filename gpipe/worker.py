@@ -6,14 +6,17 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from queue import SimpleQueue
 from time import perf_counter
+from typing import Any
 
 import torch
 
 from gpipe.boundary import Boundary
 from gpipe.context import CallerContext
+from gpipe.metering import Meters
 from gpipe.schedule import Action, Kind
 from gpipe.stage import Flight
 from gpipe.timeline import Span
@@ -29,12 +32,21 @@ class Work:
         transport: Connects the stages.
         forward_modes: The caller's autocast for forward and recompute.
         backward_modes: The caller's autocast for backward.
+        meters: Count what the stages hold.
     """
 
     flights: Sequence[Flight]
     transport: Transport
     forward_modes: CallerContext
     backward_modes: CallerContext
+    meters: Meters | None = None
+
+    def counting(self, stage: int) -> AbstractContextManager[Any]:
+        """Count what operators make inside on the account of ``stage``."""
+        return _NOTHING if self.meters is None else self.meters.counting(stage)
+
+
+_NOTHING = nullcontext()
 
 
 def perform(work: Work, actions: Sequence[Action], spans: list[Span]) -> None:
@@ -64,7 +76,7 @@ def _forward(work: Work, flight: Flight, action: Action, spans: list[Span]) -> N
     k, _, m = action
     boundary: Boundary = work.transport.receive(_before(k), k, Direction.FORWARD, m)
     start = perf_counter()
-    with work.forward_modes.autocasting():
+    with work.forward_modes.autocasting(), work.counting(action.stage):
         output = flight.forward(m, boundary)
     spans.append(Span(action, start, perf_counter()))
     work.transport.send(k, _after(k, work), Direction.FORWARD, m, output)
@@ -72,7 +84,7 @@ def _forward(work: Work, flight: Flight, action: Action, spans: list[Span]) -> N
 
 def _recompute(work: Work, flight: Flight, action: Action, spans: list[Span]) -> None:
     start = perf_counter()
-    with work.forward_modes.autocasting():
+    with work.forward_modes.autocasting(), work.counting(action.stage):
         flight.recompute(action.micro_batch)
     spans.append(Span(action, start, perf_counter()))
 
@@ -81,7 +93,7 @@ def _backward(work: Work, flight: Flight, action: Action, spans: list[Span]) -> 
     k, _, m = action
     gradients = work.transport.receive(_after(k, work), k, Direction.BACKWARD, m)
     start = perf_counter()
-    with work.backward_modes.autocasting():
+    with work.backward_modes.autocasting(), work.counting(action.stage):
         arrived = flight.backward(m, gradients)
     spans.append(Span(action, start, perf_counter()))
     work.transport.send(k, _before(k), Direction.BACKWARD, m, arrived)

@@ -1,37 +1,103 @@
-"""Divide a chain of cells into consecutive stages."""
+"""Cells per stage by time, by operations or by bytes, in torchgpipe's signatures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from gpipe.partitioning.cells import cells_of
+from gpipe.partitioning.cost import CellCost
+from gpipe.partitioning.estimate import Speed, estimate
+from gpipe.partitioning.profile import owned, profile
+from gpipe.partitioning.solve import solve
+from gpipe.partitioning.split import split_evenly
+
+_CHUNKS_PER_STAGE = 4  # from so many on the bubble is small: GPipe, arXiv 1811.06965, section 2.3
 
 
-def split_evenly(sizes: Sequence[float], stages: int) -> list[int]:
-    """The number of cells per stage for which the largest stage is smallest.
+def balance_by_time(
+    partitions: int,
+    module: nn.Module,
+    sample: Any,
+    *,
+    timeout: float = 1.0,
+    device: torch.device | str | None = None,
+) -> list[int]:
+    """Cells per stage for the fewest seconds a step, by measured forward and backward seconds of every cell.
 
     Args:
-        sizes: A non-negative number per cell, such as its parameter count.
-        stages: Number of stages, 1 to the number of cells; none is left empty.
+        partitions: Number of stages, 1 to the number of cells.
+        module: An ``nn.Sequential``, or a module with ``cells()``.
+        sample: One micro-batch of inputs: any pytree of tensors (rows, ...).
+        timeout: Seconds to measure for, at least one round.
+        device: Where to measure; by default where ``sample`` is.
 
     Raises:
-        ValueError: There are more stages than cells.
+        ValueError: There are more stages than cells, or the sample cannot be used.
     """
-    cells = len(sizes)
-    if not 1 <= stages <= cells:
-        raise ValueError(f"{cells} cells can be divided into 1 to {cells} stages, got {stages}")
-    before = [0.0, *accumulate(sizes)]
-    # best[n] is the largest stage of the best division of the first n cells into k stages; cut[k][n] its last cut.
-    best = [float("inf")] * (cells + 1)
-    best[0] = 0.0
-    cuts: list[list[int]] = []
-    for k in range(1, stages + 1):
-        row, cut = [float("inf")] * (cells + 1), [0] * (cells + 1)
-        for n in range(k, cells - (stages - k) + 1):
-            row[n], cut[n] = min((max(best[i], before[n] - before[i]), i) for i in range(k - 1, n))
-        best = row
-        cuts.append(cut)
-    ends = [cells]
-    for cut in reversed(cuts):
-        ends.append(cut[ends[-1]])
-    ends.reverse()
-    return [right - left for left, right in pairwise(ends)]
+    _check_partitions(partitions, module)
+    return _fastest(partitions, profile(module, sample, device=device, repeats=1, timeout=timeout))
+
+
+def balance_by_flops(partitions: int, module: nn.Module, sample: Any) -> list[int]:
+    """The same by the number of floating-point operations; nothing is allocated, nothing computed.
+
+    Args:
+        partitions: Number of stages, 1 to the number of cells.
+        module: An ``nn.Sequential``, or a module with ``cells()``; on any device, the meta device too.
+        sample: One micro-batch of inputs; only shapes and types count.
+
+    Raises:
+        ValueError: There are more stages than cells, or the sample cannot be used.
+    """
+    _check_partitions(partitions, module)
+    return _fastest(partitions, estimate(module, sample, speed=Speed(flops=1.0, bytes=float("inf"))))
+
+
+def balance_by_size(
+    partitions: int,
+    module: nn.Module,
+    input: Any,
+    *,
+    chunks: int = 1,
+    param_scale: float = 2.0,
+    device: torch.device | str | None = None,
+) -> list[int]:
+    """Cells per stage for the smallest largest stage: activations of one micro-batch, and parameters, in bytes.
+
+    Args:
+        partitions: Number of stages, 1 to the number of cells.
+        module: An ``nn.Sequential``, or a module with ``cells()``.
+        input: A mini-batch of inputs: any pytree of tensors (rows, ...).
+        chunks: Number of micro-batches.
+        param_scale: Bytes held per byte of parameter: 2 for plain SGD, 3 with momentum, 4 for Adam.
+        device: Where to run the cells; by default where ``input`` is.
+
+    Raises:
+        ValueError: There are more stages than cells, ``param_scale`` is negative, or the input cannot be used.
+    """
+    _check_partitions(partitions, module)
+    if not 0 <= param_scale < float("inf"):
+        raise ValueError(f"param_scale, bytes held per byte of parameter, must be 0 or more, got {param_scale}")
+    bytes_ = owned(module, input, device=device, chunks=chunks)
+    parameters = [sum(p.nbytes for p in cell.parameters()) for _, cell in cells_of(module)]
+    return split_evenly(
+        [b.activation_bytes + param_scale * p for b, p in zip(bytes_, parameters, strict=True)], partitions
+    )
+
+
+def _check_partitions(partitions: int, module: nn.Module) -> None:
+    """Before anything is measured."""
+    count = len(cells_of(module))
+    if isinstance(partitions, bool) or not isinstance(partitions, int) or not 1 <= partitions <= count:
+        raise ValueError(
+            f"partitions, the number of stages, must be 1 to the number of cells, {count}, got {partitions!r}: "
+            "no stage may be empty"
+        )
+
+
+def _fastest(stages: int, costs: Sequence[CellCost]) -> list[int]:
+    return list(solve(costs, stages, micro_batches=_CHUNKS_PER_STAGE * stages).balance)

@@ -31,6 +31,9 @@ class CellCost:
         parameter_bytes: The cell's parameters.
         workspace_bytes: What the cell needs beyond all that while it runs forward or backward and gives back
             afterwards: temporaries, the gradients of its output and of its input.
+        kept_input_bytes: Of the cell's input, what autograd keeps for the cell. None if not known: all of it.
+        handed_on_bytes: Of ``activation_bytes``, the output as far as only the next cell's graph keeps it: it does not
+            stay if that cell belongs to another stage.
 
     Raises:
         ValueError: A number is negative, not finite, or no number; bytes are not whole.
@@ -43,9 +46,13 @@ class CellCost:
     boundary_bytes: int
     parameter_bytes: int
     workspace_bytes: int = 0
+    kept_input_bytes: int | None = None
+    handed_on_bytes: int = 0
 
     def __post_init__(self) -> None:
         for key in _NUMBERS:
+            if key == "kept_input_bytes" and self.kept_input_bytes is None:
+                continue
             whole = key.endswith("_bytes")
             object.__setattr__(self, key, _number(f"cell {self.name!r}: {key}", getattr(self, key), whole))
 
@@ -162,8 +169,9 @@ def _cell(index: int, content: Any) -> CellCost:
     if not isinstance(content, Mapping):
         raise ValueError(f"cells[{index}]: expected keys and values, got {_brief(content)}")
     where = f"cells[{index}] ({content.get('name', 'unnamed')!r})"
-    required = [field.name for field in fields(CellCost) if field.name != "workspace_bytes"]
-    _check_keys(where, content, required, allowed=["workspace_bytes"])
+    optional = ["workspace_bytes", "kept_input_bytes", "handed_on_bytes"]
+    required = [field.name for field in fields(CellCost) if field.name not in optional]
+    _check_keys(where, content, required, allowed=optional)
     if not isinstance(content["name"], str):
         raise ValueError(f"{where}: name: expected text, got {content['name']!r}: put it in quotes")
     try:

@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gpipe.partitioning.cells import cells_of
 from gpipe.partitioning.cost import CellCost
-from gpipe.partitioning.footprint import Footprint, footprint, owned_bytes
-from gpipe.partitioning.profile import first_micro_batch
+from gpipe.partitioning.footprint import Footprint, Owned, footprint, opened, owned_bytes
+from gpipe.partitioning.sample import first_micro_batch
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def estimate(module: nn.Module, sample_spec: Any, *, speed: Speed, chunks: int =
         found.append(estimated)
     owned = owned_bytes([e.footprint for e in found])
     return [
-        e.cost(name, activation, sum(p.numel() * p.element_size() for p in cell.parameters()), speed)
-        for e, activation, (name, cell) in zip(found, owned, cells, strict=True)
+        e.cost(name, bytes_, sum(p.numel() * p.element_size() for p in cell.parameters()), speed)
+        for e, bytes_, (name, cell) in zip(found, owned, cells, strict=True)
     ]
 
 
@@ -92,25 +92,26 @@ class _Estimate:
     backward_flops: float
     footprint: Footprint
 
-    def cost(self, name: str, activation_bytes: int, parameter_bytes: int, speed: Speed) -> CellCost:
-        moved = parameter_bytes + activation_bytes + self.footprint.boundary_bytes
+    def cost(self, name: str, owned: Owned, parameter_bytes: int, speed: Speed) -> CellCost:
+        moved = parameter_bytes + owned.activation_bytes + self.footprint.boundary_bytes
         return CellCost(
             name=name,
             forward_seconds=speed.seconds(self.forward_flops, moved),
             backward_seconds=speed.seconds(self.backward_flops, 2 * moved),
-            activation_bytes=activation_bytes,
-            boundary_bytes=self.footprint.boundary_bytes,
             parameter_bytes=parameter_bytes,
+            **owned._asdict(),
         )
 
 
 def _estimate(cell: nn.Module, value: Any) -> tuple[_Estimate, Any]:
     with FlopCounterMode(display=False) as forward:
-        found, output = footprint(cell, value)
+        output = cell(opened(value))
     roots = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
     with FlopCounterMode(display=False) as backward:
         if roots:
             torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
+    del output, roots
+    found, output = footprint(cell, value, torch.device("cpu"))
     cut = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), output)
     return _Estimate(forward.get_total_flops(), backward.get_total_flops(), found), cut
 

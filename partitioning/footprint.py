@@ -1,16 +1,18 @@
-"""What autograd keeps of a cell's forward, counted in storages: each once, parameters and buffers not at all."""
+"""What a cell holds, counted in storages: each once, parameters and buffers not at all."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from gpipe.partitioning.live import meter
 
 
 @dataclass(frozen=True)
@@ -20,27 +22,60 @@ class Footprint:
     Attributes:
         activation_bytes: Kept by autograd, the cell's input excluded.
         boundary_bytes: The output.
+        forward_peak: The most that is held during forward, the input excluded.
+        backward_peak: The most that is held during backward: what autograd kept, the gradients of output and input, and
+            whatever comes and goes; the totals of the parameters' gradients excluded.
         kept_inputs: Bytes of each leaf of the input that autograd keeps, by its number.
-        kept_outputs: Numbers of the leaves of the output that it keeps.
+        outputs: Bytes of each leaf of the output, by its number.
+        kept_outputs: Numbers of the leaves of the output that autograd keeps.
     """
 
     activation_bytes: int
     boundary_bytes: int
+    forward_peak: int
+    backward_peak: int
     kept_inputs: Mapping[int, int]
+    outputs: Mapping[int, int]
     kept_outputs: frozenset[int]
 
 
-def owned_bytes(footprints: Sequence[Footprint]) -> list[int]:
-    """Per cell of a chain what autograd keeps of it, and of its output what only the next cell's graph keeps."""
-    handed_on = [
-        sum(size for leaf, size in following.kept_inputs.items() if leaf not in cell.kept_outputs)
-        for cell, following in pairwise(footprints)
-    ]
-    return [f.activation_bytes + more for f, more in zip(footprints, [*handed_on, 0], strict=True)]
+class Owned(NamedTuple):
+    """The bytes a cell of a chain answers for; see ``CellCost``, whose names these are."""
+
+    activation_bytes: int
+    boundary_bytes: int
+    workspace_bytes: int
+    kept_input_bytes: int
+    handed_on_bytes: int
 
 
-def footprint(cell: nn.Module, value: Any) -> tuple[Footprint, Any]:
-    """Run ``cell`` on ``value``; gives its footprint and its output."""
+def owned_bytes(footprints: Sequence[Footprint]) -> list[Owned]:
+    """Per cell what autograd keeps of it, and of its output what only the next cell's graph keeps; and all the rest."""
+    owned = []
+    passing = 0  # of the cell's input: kept by nobody, but there while the cell runs
+    for cell, following in zip_longest(footprints, footprints[1:]):
+        wanted = following.kept_inputs if following else {}
+        handed_on = sum(size for leaf, size in wanted.items() if leaf not in cell.kept_outputs)
+        activations = cell.activation_bytes + handed_on
+        most = max(cell.forward_peak + passing, cell.backward_peak)
+        owned.append(
+            Owned(
+                activation_bytes=activations,
+                boundary_bytes=cell.boundary_bytes,
+                workspace_bytes=max(0, most - activations),
+                kept_input_bytes=sum(cell.kept_inputs.values()),
+                handed_on_bytes=handed_on,
+            )
+        )
+        passing = sum(size for leaf, size in cell.outputs.items() if leaf not in {*wanted, *cell.kept_outputs})
+    return owned
+
+
+def footprint(cell: nn.Module, value: Any, device: torch.device) -> tuple[Footprint, Any]:
+    """Run ``cell`` on ``value``, forward twice and backward once; gives its footprint and its output."""
+    for parameter in cell.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    backward_peak = _backward_peak(cell, value, device)
     own = {_address(t) for t in (*cell.parameters(), *cell.buffers())}
     saved: dict[int, Tensor] = {}  # by storage, and held, so that no address comes twice
 
@@ -49,22 +84,42 @@ def footprint(cell: nn.Module, value: Any) -> tuple[Footprint, Any]:
             saved.setdefault(_address(tensor), tensor.detach())
         return tensor
 
-    opened = tree_map_only(Tensor, _opened, value)
-    with saved_tensors_hooks(pack, _same):
-        output = cell(opened)
-    inputs = _addresses(opened)
+    start = opened(value)
+    with meter(device) as held, saved_tensors_hooks(pack, _same):
+        output = cell(start)
+    inputs = _addresses(start)
     found = Footprint(
         activation_bytes=sum(_bytes(t) for address, t in saved.items() if address not in inputs.values()),
         boundary_bytes=sum(t.numel() * t.element_size() for t in tree_leaves(output) if isinstance(t, Tensor)),
+        forward_peak=held.peak,
+        backward_peak=backward_peak,
         kept_inputs={leaf: _bytes(saved[address]) for leaf, address in inputs.items() if address in saved},
+        outputs={leaf: _bytes(t) for leaf, t in enumerate(tree_leaves(output)) if isinstance(t, Tensor)},
         kept_outputs=frozenset(leaf for leaf, address in _addresses(output).items() if address in saved),
     )
     return found, output
 
 
-class _Open(torch.autograd.Function):
-    """The start of a graph that is no leaf, so that cells may write to it in place, in the storage it came in."""
+def _backward_peak(cell: nn.Module, value: Any, device: torch.device) -> int:
+    """As in a stage: while a cell goes backward, its output lives on only if autograd keeps it."""
+    with meter(device) as held:
+        output = cell(opened(value))
+        roots = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+        edges = [get_gradient_edge(root) for root in roots]
+        gradients = [torch.ones_like(root) for root in roots]
+        del output, roots
+        held.restart()
+        if edges:
+            torch.autograd.backward(edges, gradients)
+    return held.peak
 
+
+def opened(value: Any) -> Any:
+    """``value`` as the start of a graph, in its own storage, but not as leaves: cells may write to it in place."""
+    return tree_map_only(Tensor, lambda t: _Open.apply(t) if t.requires_grad else t, value)
+
+
+class _Open(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
         return tensor.detach()
@@ -72,11 +127,6 @@ class _Open(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
-
-
-def _opened(tensor: Tensor) -> Tensor:
-    opened: Tensor = _Open.apply(tensor) if tensor.requires_grad else tensor
-    return opened
 
 
 def _same(tensor: Tensor) -> Tensor:

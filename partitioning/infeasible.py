@@ -194,6 +194,8 @@ def _with_micro_batches(problem: Problem, micro_batches: int) -> Problem:
             activation_bytes=smaller(cell.activation_bytes),
             boundary_bytes=smaller(cell.boundary_bytes),
             workspace_bytes=smaller(cell.workspace_bytes),
+            kept_input_bytes=None if cell.kept_input_bytes is None else smaller(cell.kept_input_bytes),
+            handed_on_bytes=smaller(cell.handed_on_bytes),
         )
         for cell in problem.cells
     ]
@@ -214,14 +216,14 @@ def _undivided(problem: Problem) -> str:
 def _needs(problem: Problem, k: int, first: int, end: int) -> str:
     wanted = 1 if problem.keep is None else problem.keep[k]
     parts = problem.bytes(k, np.array([first]), np.array([end]), np.array([wanted]))
-    total = sum(int(part.max()) for part in parts)
+    total = int(parts.total.max())
     cells = problem.cells[first:end]
     which = f"cell {cells[0].name!r} alone" if len(cells) == 1 else f"cells {cells[0].name!r} to {cells[-1].name!r}"
-    static, inputs, activations, workspace = (readable_bytes(int(part.max())) for part in parts)
+    static, inputs, outputs, activations, workspace = (readable_bytes(int(part.max())) for part in parts)
     return (
         f"stage {k} ({which}) needs {readable_bytes(total)} of {readable_bytes(problem.limits[k])} (parameters and "
-        f"optimizer {static}, inputs of {problem.inputs_held(k)} micro-batches {inputs}, activations {activations}, "
-        f"workspace {workspace}):"
+        f"optimizer {static}, inputs of {problem.inputs_held(k)} micro-batches {inputs}, outputs {outputs}, "
+        f"activations {activations}, workspace {workspace}):"
     )
 
 

@@ -25,8 +25,9 @@ class StagePlan:
         arrival_seconds: What the input takes from the stage before.
         static_bytes: Parameters, gradients and optimizer state.
         input_bytes: The inputs that lie on the device.
+        output_bytes: The model's outputs and their gradients, on the last stage.
         activation_bytes: What autograd keeps of all micro-batches.
-        micro_batch_bytes: What autograd keeps of one.
+        further_bytes: What keeping one more micro-batch adds.
         workspace_bytes: What comes and goes while a cell runs.
         memory_limit: Bytes of the device; None if not limited.
     """
@@ -43,15 +44,17 @@ class StagePlan:
     arrival_seconds: float
     static_bytes: int
     input_bytes: int
+    output_bytes: int
     activation_bytes: int
-    micro_batch_bytes: int
+    further_bytes: int
     workspace_bytes: int
     memory_limit: int | None
 
     @property
     def bytes(self) -> int:
         """The stage's peak."""
-        return self.static_bytes + self.input_bytes + self.activation_bytes + self.workspace_bytes
+        moving = self.input_bytes + self.output_bytes + self.activation_bytes
+        return self.static_bytes + moving + self.workspace_bytes
 
     @property
     def free_bytes(self) -> float:
@@ -77,14 +80,14 @@ class Partition:
         schedule: ``"gpipe"`` or ``"1f1b"``.
         micro_batches: M.
         seconds: One step: forward and backward of all micro-batches, without loss and optimizer.
-        lower_bound: Seconds below which no division is: how far this one can be from the best.
+        lower_bound: Seconds below which no division is: how far this one can be from the best. None if not known.
         stages: From the model's input to its output.
     """
 
     schedule: ScheduleName
     micro_batches: int
     seconds: float
-    lower_bound: float
+    lower_bound: float | None
     stages: tuple[StagePlan, ...]
 
     @property
@@ -138,20 +141,23 @@ class Partition:
         return "\n".join([self._summary(), "", self._table(), "", *self._advice()])
 
     def _summary(self) -> str:
-        above = self.seconds / self.lower_bound - 1 if self.lower_bound else 0.0
+        known = "" if self.lower_bound is None else f" (at most {self._above:.2%} above the best division)"
         return (
             f"{len(self.stages)} stages, {self.micro_batches} micro-batches, {self.schedule}: "
-            f"{readable_seconds(self.seconds)} a step (at most {above:.2%} above the best division), "
-            f"bubble {self.bubble:.1%}, "
-            f"recompute {self.recompute:.1%}"
+            f"{readable_seconds(self.seconds)} a step{known}, bubble {self.bubble:.1%}, recompute {self.recompute:.1%}"
         )
 
+    @property
+    def _above(self) -> float:
+        return self.seconds / self.lower_bound - 1 if self.lower_bound else 0.0
+
     def _table(self) -> str:
-        head = "stage cells forward backward busy keep static inputs activations workspace peak limit"
+        head = "stage cells forward backward busy keep static inputs outputs activations workspace peak limit"
         rows = [head.split()]
         for k, (stage, busy) in enumerate(zip(self.stages, self.busy_seconds, strict=True)):
             limit = "-" if stage.memory_limit is None else readable_bytes(stage.memory_limit)
-            sizes = [stage.static_bytes, stage.input_bytes, stage.activation_bytes, stage.workspace_bytes, stage.bytes]
+            moving = [stage.input_bytes, stage.output_bytes, stage.activation_bytes]
+            sizes = [stage.static_bytes, *moving, stage.workspace_bytes, stage.bytes]
             rows.append(
                 [
                     str(k),
@@ -195,7 +201,7 @@ class Partition:
         held = max(stage.keep, 1)
         if held >= stage.in_flight:
             return f"{spent}, though more fit: keep={self.micro_batches} recomputes none."
-        one, all_ = (stage.micro_batch_bytes * n - stage.free_bytes for n in (1, stage.in_flight - held))
+        one, all_ = (stage.further_bytes * n - stage.free_bytes for n in (1, stage.in_flight - held))
         if all_ <= 0:
             return f"{spent}, though more fit: keep=None keeps as many as fit."
         if one <= 0 or one == all_:

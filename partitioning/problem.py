@@ -49,8 +49,14 @@ class StageBytes(NamedTuple):
 
     static: Ints
     inputs: Ints
+    outputs: Ints
     activations: Ints
     workspace: Ints
+
+    @property
+    def total(self) -> Ints:
+        """Their sum."""
+        return self.static + self.inputs + self.outputs + self.activations + self.workspace
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +71,7 @@ class Problem:
         schedule: The order of forward and backward.
         limits: Bytes of every stage's device, ``NO_LIMIT`` where there is none.
         keep: Micro-batches every stage keeps; None for as many as fit.
-        static: Bytes held all step long per byte of parameter.
+        static: Bytes held per byte of parameter once backward has made gradients, them included.
         speeds: Relative speed of every stage's device.
         links: The link into stage k at k - 1; None if messages take no time.
     """
@@ -117,14 +123,33 @@ class Problem:
         """Bytes of one micro-batch that enter a stage whose first cell is n, n = 0..N-1."""
         return np.array([self.input_bytes, *(cell.boundary_bytes for cell in self.cells[:-1])], dtype=np.int64)
 
+    @property
+    def _outputs(self) -> int:
+        """Bytes of the model's outputs for the mini-batch, and of their gradients."""
+        return 2 * self.micro_batches * self.cells[-1].boundary_bytes
+
     @cached_property
-    def _workspaces(self) -> list[Ints]:
-        """Row j: the largest workspace of the 2**j cells from n on, so that any range is covered by two entries."""
-        rows = [np.array([cell.workspace_bytes for cell in self.cells], dtype=np.int64)]
-        while 2 ** len(rows) <= self.count:
-            half = 2 ** (len(rows) - 1)
-            rows.append(np.maximum(rows[-1][:-half], rows[-1][half:]))
-        return rows
+    def kept_input(self) -> Ints:
+        """What autograd keeps of that, if the stage does not recompute."""
+        kept = [c.kept_input_bytes for c in self.cells]
+        pairs = zip(kept, self.entering.tolist(), strict=True)
+        return np.array([e if k is None else min(k, e) for k, e in pairs], dtype=np.int64)
+
+    @cached_property
+    def handed_on(self) -> Ints:
+        """Bytes of every cell's activations that are kept for the next cell alone."""
+        return np.array([min(c.handed_on_bytes, c.activation_bytes) for c in self.cells], dtype=np.int64)
+
+    @cached_property
+    def _running(self) -> RangeMaximum:
+        """Bytes of every cell while it runs, and of the activations of all cells up to it."""
+        workspaces = np.array([cell.workspace_bytes for cell in self.cells], dtype=np.int64)
+        return RangeMaximum(self.activations[1:] + workspaces)
+
+    @cached_property
+    def _running_first(self) -> RangeMaximum:
+        """The same in the first backward, with the gradients that may be there by then: its own, the later cells'."""
+        return RangeMaximum(self._running.values - self.parameters[:-1])
 
     @cached_property
     def uniform(self) -> bool:
@@ -150,24 +175,31 @@ class Problem:
 
         GPipe reaches it when the last forward has ended: all inputs, the activations of the kept micro-batches, and
         the workspace of the first backward. They go backward first, so no recompute finds any of them still there, and
-        a recompute needs the activations of one micro-batch: keeping one costs nothing. Under 1F1B the first
-        micro-batches are kept, of which no more than are in flight exist at a time.
+        a recompute needs the activations of one micro-batch: keeping one costs nothing. A further one trades its input,
+        or what of it autograd does not keep, for its activations. The parameters' gradients are made by the first
+        backward, when its activations and input go. Under 1F1B the first micro-batches are kept, of which
+        no more than are in flight exist at a time.
+
+        The last stage holds the whole mini-batch's outputs and their gradients, unless 1F1B has every micro-batch's
+        loss computed there and then.
         """
-        one = self.activations[end] - self.activations[first]
-        kept = np.clip(keep, 1, self.in_flight(k))
+        one = self._one(first, end)
+        more = np.clip(keep, 1, self.in_flight(k)) - 1
+        further = np.where(more > 0, self.further_bytes(first, end), 0)
+        static = np.ceil(self.static * (self.parameters[end] - self.parameters[first])).astype(np.int64)
+        traded = np.minimum(one, self.entering[first] - self.kept_input[first])
         return StageBytes(
-            static=np.ceil(self.static * (self.parameters[end] - self.parameters[first])).astype(np.int64),
-            inputs=self.inputs_held(k) * self.entering[first],
-            activations=kept * one,
+            static=static - self._pending(k, first, end, further),
+            inputs=self.inputs_held(k) * self.entering[first] - more * traded,
+            outputs=np.where((self.schedule == "gpipe") & (end == self.count), self._outputs, 0),
+            activations=(1 + more) * one,
             workspace=self._workspace(first, end),
         )
 
     def least_bytes(self, k: int, first: Ints, end: Ints) -> Ints:
         """Bytes stage ``k`` cannot do without: with the given keep, or with one micro-batch kept."""
         keep = np.asarray(1 if self.keep is None else self.keep[k])
-        size = self.bytes(k, first, end, keep)
-        total: Ints = size.static + size.inputs + size.activations + size.workspace
-        return total
+        return self.bytes(k, first, end, keep).total
 
     def stage(self, k: int, first: Ints, end: Ints) -> StageTimes:
         """Seconds and keep of stage ``k`` with the cells ``first`` to ``end`` - 1; 0 <= first < end <= N."""
@@ -182,23 +214,45 @@ class Problem:
         free = self.limits[k] - self.least_bytes(k, first, end)
         if self.keep is not None:
             return np.where(free >= 0, wanted, -1)
-        one = self.activations[end] - self.activations[first]
-        fitting = 1 + free // np.maximum(one, 1)
-        return np.where(free < 0, -1, np.where((fitting >= self.in_flight(k)) | (one == 0), wanted, fitting))
+        further = self.further_bytes(first, end)
+        gained = self._pending(k, first, end, further) - self._pending(k, first, end, np.zeros_like(further))
+        fitting = 1 + (free + gained) // np.maximum(further, 1)
+        return np.where(free < 0, -1, np.where((fitting >= self.in_flight(k)) | (further == 0), wanted, fitting))
+
+    def further_bytes(self, first: Ints, end: Ints) -> Ints:
+        """What every kept micro-batch but the first adds to the peak of a stage."""
+        further: Ints = np.maximum(self._one(first, end) + self.kept_input[first] - self.entering[first], 0)
+        return further
+
+    def _one(self, first: Ints, end: Ints) -> Ints:
+        """Activations of one micro-batch; the output, if only the next stage's cell wants it, is not among them."""
+        one: Ints = self.activations[end] - self.activations[first] - self.handed_on[end - 1]
+        return one
 
     def _workspace(self, first: Ints, end: Ints) -> Ints:
-        rows = self._workspaces
-        if not rows[-1].any():
+        """Beyond all activations: a cell's workspace is needed while those of the cells after it are not there."""
+        most = self._running(first, end) - self.activations[first]
+        beyond: Ints = np.maximum(most - self._one(first, end), 0)
+        return beyond
+
+    def _pending(self, k: int, first: Ints, end: Ints, further: Ints) -> Ints:
+        """How much less a stage holds because the first backward has yet to make the gradients.
+
+        Args:
+            k: The stage.
+            first: Its first cell.
+            end: The cell after its last.
+            further: What the second backward has less than the first, beside an input.
+        """
+        if self.schedule != "gpipe" or self.static < 2:
             return np.zeros((), dtype=np.int64)
-        length = end - first
-        level = np.frexp(length.astype(np.float64))[1] - 1
-        left, right = np.broadcast_to(first, length.shape), end - (1 << level)
-        largest = np.zeros(length.shape, dtype=np.int64)
-        for j, row in enumerate(rows):
-            here = level == j
-            if here.any():
-                largest[here] = np.maximum(row[left[here]], row[np.broadcast_to(right, length.shape)[here]])
-        return largest
+        gradients = self.parameters[end] - self.parameters[first]
+        first_backward = self._running_first(first, end) + self.parameters[end]
+        pending: Ints = self._running(first, end) + gradients - first_backward
+        if self.micro_batches == 1:
+            return pending
+        least: Ints = np.minimum(pending, self.entering[first] + further)
+        return least
 
     def transit(self, k: int, first: Ints) -> tuple[Floats, Floats]:
         """Seconds a boundary takes into stage ``k``, and for how long it occupies the link."""
@@ -207,6 +261,29 @@ class Problem:
             return zero, zero
         occupied = self.entering[first] / self.links[k - 1].bandwidth
         return occupied + self.links[k - 1].latency, occupied
+
+
+class RangeMaximum:
+    """The largest of any range of some numbers, by two look-ups: row j holds the largest of 2**j from each place on."""
+
+    def __init__(self, values: Ints) -> None:
+        self.values = values
+        self._rows = [values]
+        while 2 ** len(self._rows) <= len(values):
+            half = 2 ** (len(self._rows) - 1)
+            self._rows.append(np.maximum(self._rows[-1][:-half], self._rows[-1][half:]))
+
+    def __call__(self, first: Ints, end: Ints) -> Ints:
+        """The largest from ``first`` to ``end`` - 1, for all of them at once."""
+        length = end - first
+        level = np.frexp(length.astype(np.float64))[1] - 1
+        left, right = np.broadcast_to(first, length.shape), np.broadcast_to(end - (1 << level), length.shape)
+        most = np.zeros(length.shape, dtype=np.int64)
+        for j, row in enumerate(self._rows):
+            here = level == j
+            if here.any():
+                most[here] = np.maximum(row[left[here]], row[right[here]])
+        return most
 
 
 def _seconds(values: Sequence[float]) -> Floats:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from statistics import median
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from gpipe.partitioning.cells import Cell, cells_of
 from gpipe.partitioning.cost import CellCost
-from gpipe.partitioning.footprint import footprint, owned_bytes
-
-T = TypeVar("T")
+from gpipe.partitioning.footprint import Footprint, Owned, footprint, owned_bytes
+from gpipe.partitioning.sample import first_micro_batch, sample_device
+from gpipe.partitioning.timing import in_company, located, rounds
 
 
 def profile(
@@ -28,10 +29,11 @@ def profile(
     chunks: int = 1,
     repeats: int = 5,
     timeout: float = 0.0,
+    company: int = 0,
 ) -> list[CellCost]:
     """Measure every cell of ``module`` on one micro-batch.
 
-    Cells are copied to ``device`` one at a time, so a model larger than the device can be profiled. The module, its
+    Cells are copied to an accelerator one at a time, so a model larger than it can be profiled. The module, its
     gradients and buffers, and the random state stay as they were.
 
     Args:
@@ -41,6 +43,7 @@ def profile(
         chunks: Number of micro-batches; the first, largest one of ``sample`` is measured.
         repeats: Counted rounds over all cells, after one of warm-up, at least; seconds are medians.
         timeout: Seconds to go on with further rounds.
+        company: On the CPU, other threads that run the same cells all the while: stages that share the processor.
 
     Returns:
         One cost per cell, in order.
@@ -49,106 +52,56 @@ def profile(
         ValueError: The module is empty, or ``sample`` cannot be used.
         Exception: What a cell raised, with a note that names it.
     """
-    cells = cells_of(module)
-    if not cells:
-        raise ValueError("there is nothing to profile: the module has no cells")
     if repeats < 1:
         raise ValueError(f"repeats, the number of counted rounds, must be at least 1, got {repeats}")
-    target = sample_device(sample) if device is None else torch.device(device)
-    inputs = tree_map_only(Tensor, lambda t: t.detach().to(target), first_micro_batch(sample, chunks))
+    cells, inputs, target = _prepared(module, sample, device, chunks)
     with _random_state_kept(target):
-        footprints = _chain(cells, inputs, target, footprint)
+        bytes_ = owned_bytes(_footprints(cells, inputs, target))
         end = perf_counter() + timeout
-        rounds = [_chain(cells, inputs, target, _seconds)]
-        while len(rounds) < repeats or perf_counter() < end:
-            rounds.append(_chain(cells, inputs, target, _seconds))
-    owned = owned_bytes(footprints)
+        with in_company(company if target.type == "cpu" else 0, cells, inputs):
+            timed = rounds(cells, inputs, target)
+            seconds = list(islice(timed, repeats))
+            while perf_counter() < end:
+                seconds.append(next(timed))
     return [
         CellCost(
             name=name,
-            forward_seconds=median(seconds[i][0] for seconds in rounds),
-            backward_seconds=median(seconds[i][1] for seconds in rounds),
-            activation_bytes=owned[i],
-            boundary_bytes=footprints[i].boundary_bytes,
+            forward_seconds=median(one[i].forward for one in seconds),
+            backward_seconds=median(one[i].backward for one in seconds),
             parameter_bytes=sum(p.numel() * p.element_size() for p in cell.parameters()),
+            **bytes_[i]._asdict(),
         )
         for i, (name, cell) in enumerate(cells)
     ]
 
 
-def first_micro_batch(sample: Any, chunks: int) -> Any:
-    """The first, largest of ``chunks`` micro-batches of ``sample``.
-
-    Raises:
-        ValueError: ``sample`` has no tensor, or its tensors disagree in their rows.
-    """
-    rows = {t.shape[0] for t in tree_leaves(sample) if isinstance(t, Tensor) and t.dim() > 0}
-    if len(rows) != 1:
-        found = f"tensors of {sorted(rows)} rows" if rows else "no tensor"
-        raise ValueError(
-            f"sample must hold tensors that all have the same number of rows (dimension 0), found {found}: give one "
-            "mini-batch of what the first cell takes"
-        )
-    (n,) = rows
-    size = -(-n // max(1, min(chunks, n)))
-    return tree_map_only(Tensor, lambda t: t[:size] if t.dim() > 0 else t, sample)
+def owned(module: nn.Module, sample: Any, *, device: torch.device | str | None = None, chunks: int = 1) -> list[Owned]:
+    """The bytes alone, of every cell on one micro-batch; arguments and errors are those of ``profile``."""
+    cells, inputs, target = _prepared(module, sample, device, chunks)
+    with _random_state_kept(target):
+        return owned_bytes(_footprints(cells, inputs, target))
 
 
-def sample_device(sample: Any) -> torch.device:
-    """The one device all tensors of ``sample`` are on.
-
-    Raises:
-        ValueError: They are on several, or there is no tensor.
-    """
-    devices = {t.device for t in tree_leaves(sample) if isinstance(t, Tensor)}
-    if len(devices) != 1:
-        found = ", ".join(sorted(map(str, devices))) or "no tensor"
-        raise ValueError(f"the tensors of sample must be on one device, found {found}: move them to the first stage's")
-    return devices.pop()
+def _prepared(
+    module: nn.Module, sample: Any, device: torch.device | str | None, chunks: int
+) -> tuple[list[Cell], Any, torch.device]:
+    """Cells, one micro-batch on the device, and the device."""
+    cells = cells_of(module)
+    if not cells:
+        raise ValueError("there is nothing to profile: the module has no cells")
+    target = sample_device(sample) if device is None else torch.device(device)
+    return cells, tree_map_only(Tensor, lambda t: t.detach().to(target), first_micro_batch(sample, chunks)), target
 
 
-def _chain(
-    cells: list[Cell], value: Any, device: torch.device, measure: Callable[[nn.Module, Any], tuple[T, Any]]
-) -> list[T]:
-    """Measure each cell on what the one before gave."""
-    found: list[T] = []
-    for i, (name, cell) in enumerate(cells):
-        try:
-            result, output = measure(copy.deepcopy(cell).to(device), value)
-        except BaseException as error:
-            error.add_note(f"gpipe: raised while profiling cell {i} ({name!r}, {type(cell).__name__})")
-            raise
-        found.append(result)
+def _footprints(cells: list[Cell], value: Any, device: torch.device) -> list[Footprint]:
+    """Of each cell on what the one before gave; one of them is on the device at a time."""
+    found = []
+    for i, cell in enumerate(cells):
+        with located(i, cell):
+            one, output = footprint(copy.deepcopy(cell[1]).to(device), value, device)
+        found.append(one)
         value = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), output)
     return found
-
-
-def _seconds(cell: nn.Module, value: Any) -> tuple[tuple[float, float], Any]:
-    """Forward and backward seconds of one cell, the second of two runs: the first pays for what is made only once."""
-    for _ in range(2):
-        start = _now(value)
-        output = cell(_opened(value))
-        middle = _now(output)
-        roots = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
-        gradients = [torch.ones_like(root) for root in roots]
-        begin = _now(output)
-        if roots:
-            torch.autograd.backward(roots, gradients)
-        end = _now(output)
-    return (middle - start, end - begin), output
-
-
-def _opened(value: Any) -> Any:
-    """The same values as the start of a graph, not as its leaves: cells may write to them in place."""
-    return tree_map_only(Tensor, lambda t: t.clone() if t.requires_grad else t, value)
-
-
-def _now(tree: Any) -> float:
-    """The time, once the accelerator that ``tree`` lives on has done all its work."""
-    device = next((t.device for t in tree_leaves(tree) if isinstance(t, Tensor)), torch.device("cpu"))
-    if device.type not in ("cpu", "meta"):
-        torch.accelerator.synchronize(device)
-    return perf_counter()
 
 
 @contextmanager

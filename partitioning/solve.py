@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from numbers import Integral, Real
-from typing import Any, cast, get_args
+from collections.abc import Sequence
 
 import numpy as np
 
+from gpipe.partitioning.arguments import problem_of, whole
 from gpipe.partitioning.cost import CellCost
 from gpipe.partitioning.infeasible import Infeasible, explained
-from gpipe.partitioning.makespan import divided
+from gpipe.partitioning.makespan import divided, step_seconds
 from gpipe.partitioning.partition import Partition, StagePlan
-from gpipe.partitioning.problem import NO_LIMIT, Link, Problem, ScheduleName
-from gpipe.partitioning.search import Division, best_division
+from gpipe.partitioning.problem import NO_LIMIT, Ints, Link, Problem, ScheduleName
+from gpipe.partitioning.search import best_division
 
-__all__ = ["Infeasible", "Link", "Partition", "StagePlan", "solve"]
+__all__ = ["Infeasible", "Link", "Partition", "StagePlan", "predict", "solve"]
 
 
 def solve(
@@ -40,8 +38,8 @@ def solve(
     change their pace in the course of the backward, and the path is followed through these changes.
 
     A stage holds ``static_bytes_per_param`` times its parameters, the inputs of its micro-batches, the activations of
-    those it keeps (of one, if it recomputes all), and its largest workspace; see ``Problem.bytes``. What the loss holds
-    of the model's outputs belongs to no cell: take it off the last stage's limit.
+    those it keeps (of one, if it recomputes all), and what comes and goes while a cell runs; the last one the outputs
+    and their gradients too; see ``Problem.bytes``. What the loss holds beside these belongs to no cell.
 
     Args:
         costs: One for every cell, for one micro-batch, in order.
@@ -65,38 +63,79 @@ def solve(
         ValueError: An argument is not what is described here; the message says what to do.
         Infeasible: No division fits the memory. A ``ValueError`` that says what is missing where, and what would do.
     """
-    count = _checked_cells(costs)
-    _check_whole("stages", stages, 1, count, f"the number of cells: there are {count}, and no stage may be empty")
-    _check_whole("micro_batches", micro_batches, 1, None, "")
-    if schedule not in get_args(ScheduleName):
-        raise ValueError(f"schedule: expected one of {', '.join(get_args(ScheduleName))}, got {schedule!r}")
-    problem = Problem(
-        cells=tuple(costs),
-        input_bytes=_whole("input_bytes", input_bytes, 0, None, ""),
-        stages=int(stages),
-        micro_batches=int(micro_batches),
-        schedule=schedule,
-        limits=_limits(memory_limit, stages),
-        keep=_keep(keep, stages, micro_batches),
-        static=_positive("static_bytes_per_param", static_bytes_per_param, zero=True),
-        speeds=_speeds(device_speeds, stages),
-        links=_links(links, stages),
+    problem = problem_of(
+        costs,
+        stages,
+        micro_batches,
+        schedule,
+        memory_limit,
+        keep,
+        static_bytes_per_param,
+        links,
+        device_speeds,
+        input_bytes,
     )
-    _check_range(problem)
     division = best_division(problem)
     if division is None:
         raise explained(problem)
-    return _partition(problem, division)
+    return _partition(problem, division.cuts, division.seconds, division.bound)
 
 
-def _partition(problem: Problem, division: Division) -> Partition:
-    times = divided(problem, division.cuts[None])
+def predict(
+    costs: Sequence[CellCost],
+    balance: Sequence[int],
+    *,
+    micro_batches: int,
+    schedule: ScheduleName = "gpipe",
+    keep: int | Sequence[int] | None = None,
+    static_bytes_per_param: float = 4.0,
+    links: tuple[float, float] | Sequence[tuple[float, float]] | None = None,
+    device_speeds: Sequence[float] | None = None,
+    input_bytes: int = 0,
+) -> Partition:
+    """What a given division would cost.
+
+    Args:
+        costs: One for every cell, for one micro-batch, in order.
+        balance: Number of cells of every stage.
+        micro_batches: As for ``solve``, like all that follows; ``keep=None`` keeps all.
+        schedule: The order of forward and backward.
+        keep: Micro-batches that keep their activations.
+        static_bytes_per_param: Bytes held per byte of parameter.
+        links: Latency and bandwidth between stages.
+        device_speeds: Relative speeds.
+        input_bytes: One micro-batch of the model's input.
+
+    Raises:
+        ValueError: An argument is not what is described here; the message says what to do.
+    """
+    sizes = [whole("balance", size, 1, None, "") for size in balance]
+    if sum(sizes) != len(costs):
+        raise ValueError(f"balance must sum to the number of cells, {len(costs)}, got {sizes} of sum {sum(sizes)}")
+    problem = problem_of(
+        costs,
+        len(sizes),
+        micro_batches,
+        schedule,
+        None,
+        keep,
+        static_bytes_per_param,
+        links,
+        device_speeds,
+        input_bytes,
+    )
+    cuts = np.cumsum([0, *sizes])
+    return _partition(problem, cuts, float(step_seconds(problem, cuts[None])[0]), None)
+
+
+def _partition(problem: Problem, cuts: Ints, seconds: float, bound: float | None) -> Partition:
+    times = divided(problem, cuts[None])
     plans = []
     for k in range(problem.stages):
-        first, end = division.cuts[k : k + 1], division.cuts[k + 1 : k + 2]
+        first, end = cuts[k : k + 1], cuts[k + 1 : k + 2]
         cells = problem.cells[int(first[0]) : int(end[0])]
         size = problem.bytes(k, first, end, times.keep[:, k])
-        static, inputs, activations, workspace = (int(part.max()) for part in size)
+        static, inputs, outputs, activations, workspace = (int(part.max()) for part in size)
         kept = int(times.keep[0, k])
         plans.append(
             StagePlan(
@@ -112,100 +151,11 @@ def _partition(problem: Problem, division: Division) -> Partition:
                 arrival_seconds=float(times.transit[0, k]),
                 static_bytes=static,
                 input_bytes=inputs,
+                output_bytes=outputs,
                 activation_bytes=activations,
-                micro_batch_bytes=sum(cell.activation_bytes for cell in cells),
+                further_bytes=int(problem.further_bytes(first, end).max()),
                 workspace_bytes=workspace,
                 memory_limit=None if problem.limits[k] >= NO_LIMIT else problem.limits[k],
             )
         )
-    return Partition(problem.schedule, problem.micro_batches, division.seconds, division.bound, tuple(plans))
-
-
-def _checked_cells(costs: Sequence[CellCost]) -> int:
-    wrong = [cost for cost in costs if not isinstance(cost, CellCost)]
-    if wrong:
-        raise ValueError(f"costs: expected a sequence of CellCost, got {type(wrong[0]).__name__} among them")
-    if not len(costs):
-        raise ValueError("costs: expected at least one cell, got none: there is nothing to divide")
-    return len(costs)
-
-
-def _limits(limit: Any, stages: int) -> tuple[int, ...]:
-    values = _per_stage("memory_limit", limit, stages, "bytes")
-    return tuple(NO_LIMIT if v is None else _whole("memory_limit", v, 1, None, "in bytes") for v in values)
-
-
-def _keep(keep: Any, stages: int, micro_batches: int) -> tuple[int, ...] | None:
-    if keep is None:
-        return None
-    values = _per_stage("keep", keep, stages, "numbers of micro-batches")
-    return tuple(_whole("keep", v, 0, micro_batches, "the number of micro-batches") for v in values)
-
-
-def _speeds(speeds: Any, stages: int) -> tuple[float, ...]:
-    if speeds is None:
-        return (1.0,) * stages
-    return tuple(_positive("device_speeds", v) for v in _per_stage("device_speeds", speeds, stages, "relative speeds"))
-
-
-def _links(links: Any, stages: int) -> tuple[Link, ...] | None:
-    if links is None or stages == 1:
-        return None
-    given = list(links) if isinstance(links, Iterable) else [links]
-    pairs = [given] * (stages - 1) if len(given) == 2 and all(isinstance(x, Real) for x in given) else given
-    if len(pairs) != stages - 1:
-        raise ValueError(f"links: expected one pair or {stages - 1} for {stages} stages, got {len(pairs)}: {links!r}")
-    return tuple(_link(pair) for pair in pairs)
-
-
-def _link(pair: Any) -> Link:
-    if not isinstance(pair, Iterable) or len(numbers := list(pair)) != 2:
-        raise ValueError(f"links: expected pairs (latency in seconds, bandwidth in bytes per second), got {pair!r}")
-    latency = _positive("links: latency in seconds", numbers[0], zero=True)
-    if numbers[1] == math.inf:
-        return Link(latency, math.inf)
-    return Link(latency, _positive("links: bandwidth in bytes per second", numbers[1]))
-
-
-def _per_stage(what: str, value: Any, stages: int, kind: str) -> list[Any]:
-    """One value for every stage."""
-    if not isinstance(value, Iterable) or isinstance(value, str | bytes):
-        return [value] * stages
-    values = list(value)
-    if len(values) != stages:
-        raise ValueError(f"{what}: expected {stages} {kind}, one per stage, got {len(values)}: {values}")
-    return values
-
-
-def _whole(what: str, value: Any, low: int, high: int | None, why: str) -> int:
-    _check_whole(what, value, low, high, why)
-    return int(value)
-
-
-def _check_whole(what: str, value: Any, low: int, high: int | None, why: str) -> None:
-    upper = "" if high is None else f" to {high}"
-    whole = isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())
-    if isinstance(value, bool) or not whole or value < low or (high is not None and value > high):
-        more = "" if high is not None else " or more"
-        raise ValueError(
-            f"{what}: expected a whole number, {low}{upper}{more}{', ' if why else ''}{why}, got {value!r}"
-        )
-
-
-def _positive(what: str, value: Any, zero: bool = False) -> float:
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        raise ValueError(f"{what}: expected a finite number, {'0 or more' if zero else 'above 0'}, got {value!r}")
-    return float(cast(float, value))
-
-
-def _check_range(problem: Problem) -> None:
-    """Refuse sums that 64 bits do not hold."""
-    cells = problem.cells
-    largest = sum(cell.activation_bytes + cell.workspace_bytes for cell in cells) + problem.input_bytes
-    largest = (largest + max(cell.boundary_bytes for cell in cells)) * problem.micro_batches
-    largest += math.ceil(problem.static * sum(cell.parameter_bytes for cell in cells))
-    if largest >= NO_LIMIT // 2 or not np.isfinite(problem.forward[-1] + problem.backward[-1]):
-        raise ValueError(
-            f"costs: {largest} bytes and {problem.work[-1]} seconds in all are out of range: check the units"
-        )
+    return Partition(problem.schedule, problem.micro_batches, seconds, bound, tuple(plans))

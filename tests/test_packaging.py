@@ -20,7 +20,8 @@ def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clone")
     run("git", "clone", "--quiet", str(ROOT), "clone", cwd=folder)
     clone = folder / "clone"
-    changed = run("git", "ls-files", "--modified", "--others", "--exclude-standard", cwd=ROOT).split()
+    changed = run("git", "diff", "--name-only", "HEAD", cwd=ROOT).split()
+    changed += run("git", "ls-files", "--others", "--exclude-standard", cwd=ROOT).split()
     for name in changed:  # the clone of what will be committed, also before it is
         source = ROOT / name
         if source.is_file() and not source.is_symlink():

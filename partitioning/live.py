@@ -1,0 +1,106 @@
+"""Count the bytes that operators hold: storage by storage on the CPU, where no allocator tells, and on accelerators."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the storages that operators made inside and that still exist; enter it to count.
+
+    Each storage counts once, from the operator that made it until it is freed, wherever that happens. What an operator
+    takes and gives back in its inside is not seen, nor are the storages that were there before.
+
+    Attributes:
+        live: Bytes held now.
+        peak: The most there ever were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = 0
+        self.peak = 0
+        self._held: dict[int, weakref.finalize[Any, Any]] = {}
+        self._lock = threading.RLock()  # a collection of garbage may free a storage while one is being booked
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the operator and book what it made."""
+        outputs = func(*args, **(kwargs or {}))
+        made = [t for t in tree_leaves(outputs) if isinstance(t, Tensor)]
+        if made:
+            given = {_address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+            for tensor in made:
+                if _address(tensor) not in given:
+                    self.book(tensor)
+        return outputs
+
+    def book(self, tensor: Tensor) -> None:
+        """Count the storage of ``tensor`` until it is freed."""
+        storage = tensor.untyped_storage()
+        address, size = storage._cdata, storage.nbytes()
+        with self._lock:
+            if address in self._held:
+                return
+            self._held[address] = weakref.finalize(storage, self._freed, address, size)
+            self._held[address].atexit = False
+            self.live += size
+            self.peak = max(self.peak, self.live)
+
+    def restart(self) -> None:
+        """Let the peak begin again at what is held now."""
+        self.peak = self.live
+
+    def _freed(self, address: int, size: int) -> None:
+        with self._lock:
+            del self._held[address]
+            self.live -= size
+
+
+def _address(tensor: Tensor) -> int:
+    address: int = tensor.untyped_storage()._cdata
+    return address
+
+
+class AllocatedBytes:
+    """The same as the allocator of an accelerator tells it; workspaces inside operators are in it.
+
+    Args:
+        device: The accelerator. Nothing else may use it meanwhile.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = 0
+
+    def __enter__(self) -> Self:
+        torch.accelerator.synchronize(self._device)
+        self._before = torch.accelerator.memory_allocated(self._device)
+        self.restart()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        torch.accelerator.synchronize(self._device)
+
+    @property
+    def peak(self) -> int:
+        """The most there ever were, since it was entered or restarted."""
+        return torch.accelerator.max_memory_allocated(self._device) - self._before
+
+    def restart(self) -> None:
+        """Let the peak begin again at what is held now."""
+        torch.accelerator.reset_peak_memory_stats(self._device)
+
+
+def meter(device: torch.device) -> LiveBytes | AllocatedBytes:
+    """What counts the bytes on ``device``."""
+    return LiveBytes() if device.type in ("cpu", "meta") else AllocatedBytes(device)
