@@ -66,8 +66,8 @@ def quality_under_a_cap(chains: int) -> Result:
         cells, micro_batches = int(rng.integers(stages, 11)), int(rng.choice([2, 4, 8]))
         costs = chain(rng, cells)
         roomy = solve(costs, stages, micro_batches=micro_batches)
-        tight = solve(costs, stages, micro_batches=micro_batches, keep=0)
-        limit = int(max(tight.bytes) + rng.uniform(-0.3, 1) * (max(roomy.bytes) - max(tight.bytes)))
+        tight = max(predict(costs, roomy.balance, micro_batches=micro_batches, keep=0).bytes)
+        limit = int(rng.uniform(0.8, 1) * (tight + rng.uniform() * (max(roomy.bytes) - tight)))
         best = _best_under(costs, stages, micro_batches, limit)
         try:
             found = solve(costs, stages, micro_batches=micro_batches, memory_limit=limit).seconds

@@ -88,19 +88,16 @@ class Boundary:
         given = self.leaves if leaves is None else leaves
         return tree_unflatten([given[place] for place in self.places], self.spec)
 
-    def open(self, arrived: Gradients) -> Any:
+    def open(self, arrived: Gradients, anchor: Tensor) -> Any:
         """The values as the start of a graph whose backward leaves their gradients, leaf by leaf, in ``arrived``.
 
-        The tensors are no autograd leaves, so that a cell may write to them in place.
+        The tensors are no autograd leaves, so that a cell may write to them in place. They all hang on ``anchor``.
         """
         arrived[:] = [None] * len(self.leaves)
         places = [i for i, needed in enumerate(self.needs_grad) if needed]
         if not places or not torch.is_grad_enabled():
             return self.tree()
         leaves = list(self.leaves)
-        # Makes autograd record a Function whose other inputs need no gradient. A fresh one: shared between threads, it
-        # is a lock that one holds while it waits for Python's, and the other the other way round (anomaly detection).
-        anchor = torch.empty(0, requires_grad=True, device="cpu")
         opened = _Open.apply(arrived, places, anchor, *(leaves[i] for i in places))
         for i, tensor in zip(places, opened, strict=True):
             leaves[i] = tensor
@@ -112,6 +109,15 @@ def map_message(message: Boundary | Gradients, function: Callable[[Tensor], Tens
     if isinstance(message, Boundary):
         return message.map(function)
     return [None if gradient is None else function(gradient) for gradient in message]
+
+
+def new_anchor() -> Tensor:
+    """A leaf that makes autograd record a Function whose other inputs need no gradient.
+
+    A fresh one each time: shared between threads, it is a lock that one holds while it waits for Python's, and the
+    other the other way round (anomaly detection).
+    """
+    return torch.empty(0, requires_grad=True, device="cpu")
 
 
 class _Open(torch.autograd.Function):

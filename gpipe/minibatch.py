@@ -172,7 +172,7 @@ class MiniBatch:
 
     def _perform(self, actions: Actions, transport: ThreadTransport, backward_modes: CallerContext) -> None:
         work = Work(self._flights, transport, self._context, backward_modes, self._meters)
-        jobs = [self._job(work, *worker) for worker in zip(actions, self.spans, strict=True)]
+        jobs = [self._job(work, *worker) for worker in zip(actions, self.spans, strict=True) if worker[0]]
         self._pipeline.workers.run(jobs, transport.abort)
 
     def _job(self, work: Work, actions: Sequence[Action], spans: list[Span]) -> Callable[[], None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import lru_cache, partial
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, NoReturn, Self, overload
 
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from gpipe import batchnorm, schedules
+from gpipe import batchnorm
 from gpipe.autograd import attach
 from gpipe.balancing import MemoryLimit, Plan, balance_by_measurement, balance_by_parameters
 from gpipe.boundary import Boundary
 from gpipe.cells import refuse_sharing, registries
+from gpipe.choosing import AnySchedule, chosen
 from gpipe.context import autocast_off, refuse_transforms
 from gpipe.loss import LossFunction, MicroBatchLoss, checked_loss
 from gpipe.metering import Meters
 from gpipe.microbatch import gather, row_count, scatter, split_sizes
 from gpipe.minibatch import MiniBatch, Pipeline
 from gpipe.partitioning.cells import cells_of
-from gpipe.schedule import Schedule
 from gpipe.settings import (
     Checkpoint,
     check_balance,
@@ -116,9 +116,13 @@ class GPipe(nn.Module):
         """
         if not self._stages:
             return inputs
+        return self._run(inputs, "gpipe")
+
+    def _run(self, inputs: Any, schedule: AnySchedule) -> Any:
+        """All forwards of a mini-batch; autograd runs the rest of the schedule."""
         with self._lock:
             parts = self._scattered(inputs)
-            batch = self._mini_batch(len(parts))
+            batch = self._mini_batch(len(parts), schedule)
             outputs = batch.forward([Boundary.of(part) for part in parts])
             self.step += self.training
         trees = attach(batch, parts, outputs) if torch.is_grad_enabled() else [output.tree() for output in outputs]
@@ -131,6 +135,8 @@ class GPipe(nn.Module):
         targets: Any,
         loss_fn: LossFunction,
         loss_over: Literal["mini_batch", "micro_batch"] = "mini_batch",
+        *,
+        schedule: AnySchedule = "gpipe",
     ) -> Tensor:
         """Forward, loss and backward in one call; gradients are added to ``parameter.grad``.
 
@@ -141,9 +147,15 @@ class GPipe(nn.Module):
                 too.
             loss_over: ``"mini_batch"`` calls it once on all outputs. ``"micro_batch"`` calls it in the last stage on
                 every micro-batch and adds the results weighted by rows, which is the same for a mean over rows.
+            schedule: A name of ``gpipe.schedules.BUILDERS``, or such a builder. Those that interleave forward and
+                backward need ``loss_over="micro_batch"``. Or a ``Schedule`` for as many stages and micro-batches as
+                there are, with its own recompute: ``checkpoint`` then does not count.
 
         Returns:
             The loss, without graph.
+
+        Raises:
+            TypeError, ValueError: An argument is not what is described here; the message says what to do.
         """
         if loss_over not in ("mini_batch", "micro_batch"):
             raise ValueError(f"loss_over must be 'mini_batch' or 'micro_batch', got {loss_over!r}")
@@ -154,18 +166,21 @@ class GPipe(nn.Module):
         rows = row_count(inputs)
         self._check_targets(targets, rows)
         if loss_over == "mini_batch" or not self._stages:
-            loss = checked_loss(loss_fn(self(inputs), self._on_last(targets)))
+            outputs = self._run(inputs, schedule) if self._stages else inputs
+            loss = checked_loss(loss_fn(outputs, self._on_last(targets)))
             with autocast_off():
                 loss.backward()  # type: ignore[no-untyped-call]
             return loss.detach()
-        return self._micro_batch_step(inputs, targets, loss_fn, rows)
+        return self._micro_batch_step(inputs, targets, loss_fn, rows, schedule)
 
-    def _micro_batch_step(self, inputs: Any, targets: Any, loss_fn: LossFunction, rows: int) -> Tensor:
+    def _micro_batch_step(
+        self, inputs: Any, targets: Any, loss_fn: LossFunction, rows: int, schedule: AnySchedule
+    ) -> Tensor:
         with self._lock:
             parts = self._scattered(inputs)
             aims = scatter(self._on_last(targets), len(parts)) if _has_rows(targets) else [targets] * len(parts)
             head = MicroBatchLoss(loss_fn, aims, split_sizes(rows, self.chunks))
-            batch = self._mini_batch(len(parts), head)
+            batch = self._mini_batch(len(parts), schedule, head)
             summed, done = batch.forward_and_backward([Boundary.of(part) for part in parts])
             self.step += self.training
         (loss,) = attach(done, parts, [summed])
@@ -269,7 +284,7 @@ class GPipe(nn.Module):
         self._spans: Sequence[Sequence[Any]] = []
         self._meters: Meters | None = None
 
-    def _mini_batch(self, micro_batches: int, head: Head | None = None) -> MiniBatch:
+    def _mini_batch(self, micro_batches: int, schedule: AnySchedule, head: Head | None = None) -> MiniBatch:
         module = vars(self)["module"]
         if isinstance(module, nn.Sequential) and list(module._modules.values()) != [cell for _, cell in self._cells]:
             raise RuntimeError("the wrapped module's cells were replaced after wrapping: wrap the module again")
@@ -283,7 +298,7 @@ class GPipe(nn.Module):
         refuse_transforms(parameters.values() if torch.is_grad_enabled() else ())
         batch = MiniBatch(
             Pipeline(self._stages, self._workers, self._lock, list(parameters.values())),
-            _schedule(len(self._stages), micro_batches, keep),
+            chosen(schedule, len(self._stages), micro_batches, keep),
             seed=self.seed,
             step=self.step,
             defer_batch_norm=self.deferred_batch_norm,
@@ -331,11 +346,6 @@ class GPipe(nn.Module):
             checkpoint=checkpoint,
             memory_limit=memory_limit,
         )
-
-
-@lru_cache(maxsize=64)
-def _schedule(stages: int, micro_batches: int, keep: tuple[int, ...]) -> Schedule:
-    return schedules.with_recompute(schedules.gpipe(stages, micro_batches), keep).validate()
 
 
 def _moved(tree: Any, device: torch.device) -> Any:

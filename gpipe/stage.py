@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from gpipe.batchnorm import Statistics, deferred
-from gpipe.boundary import Boundary, Gradients, leaves_once
+from gpipe.boundary import Boundary, Gradients, leaves_once, new_anchor
 from gpipe.buffers import Before, ChangingBuffers, rewound
 from gpipe.phase import Phase, running
 from gpipe.rng import Brought, Draws, cell_seed
+from gpipe.split import CannotSplit, Split
 
 
 class Head(Protocol):
@@ -57,6 +59,13 @@ class Stage:
         self.device = device
         self.draws = Draws(len(cells) + 1, device if alone and device.type != "cpu" else None)
         self.buffers = ChangingBuffers()
+        self._warned = False
+
+    def warn_once(self, message: str) -> None:
+        """Tell the user something that every micro-batch would say again."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(message, stacklevel=2)
 
     def __str__(self) -> str:
         last = self.first_cell + len(self.cells) - 1
@@ -69,6 +78,14 @@ class _Graph:
 
     roots: list[tuple[int, GradientEdge]]  # (leaf index, where a gradient of it enters): holds no output
     arrived: Gradients  # filled by backward: a gradient for every leaf of the input
+    anchor: Tensor  # the leaf that all inputs hang on
+    split: Split | None = None  # made by the first part of a backward in two
+
+    def entering(self, gradients: Sequence[Tensor | None]) -> tuple[list[GradientEdge], list[Tensor]]:
+        """Where a backward begins, and with what; what the last one left is forgotten."""
+        self.arrived[:] = [None] * len(self.arrived)
+        pairs = [(root, gradient) for i, root in self.roots if (gradient := gradients[i]) is not None]
+        return [root for root, _ in pairs], [gradient for _, gradient in pairs]
 
 
 @dataclass(slots=True)
@@ -133,7 +150,7 @@ class Flight:
         """Run micro-batch ``m`` forward again, recording the graph this time."""
         saved = self._saved[m] if self.keep_graph else self._saved.pop(m)
         if not any(saved.outputs_need_grad):
-            self._graphs[m] = _Graph([], [None] * len(saved.boundary.leaves))
+            self._graphs[m] = _Graph([], [None] * len(saved.boundary.leaves), new_anchor())
             return
         if saved.boundary.versions() != saved.versions:
             raise RuntimeError(
@@ -162,26 +179,51 @@ class Flight:
         Returns:
             One for every leaf of the stage's input.
         """
-        lasting = self.keep_graph and m not in self.recomputed
+        lasting = self._lasting(m)
         graph = self._graphs[m] if lasting else self._graphs.pop(m)
-        entering = [(root, gradients[i]) for i, root in graph.roots if gradients[i] is not None]
-        graph.arrived[:] = [None] * len(graph.arrived)
-        if entering:
-            roots, values = zip(*entering, strict=True)
-            if not lasting:
-                graph.roots.clear()
-            del entering
+        roots, values = graph.entering(gradients)
+        if not lasting:
+            graph.roots.clear()
+        if roots:
             torch.autograd.backward(roots, values, retain_graph=lasting)
         return list(graph.arrived)
 
+    def input_gradient(self, m: int, gradients: Sequence[Tensor | None]) -> Gradients:
+        """The first part of ``backward``; the weights' gradients are left to ``weight_gradient``.
+
+        Where the graph cannot be run in two parts, this is all of it.
+        """
+        graph = self._graphs[m]
+        try:
+            graph.split = graph.split or Split([root for _, root in graph.roots], graph.anchor)
+        except CannotSplit as error:
+            self.stage.warn_once(f"{self.stage} runs its backward whole, not in two parts: it uses {error}")
+            return self.backward(m, gradients)
+        roots, values = graph.entering(gradients)
+        if roots:
+            graph.split.input_gradient(roots, values)
+        return list(graph.arrived)
+
+    def weight_gradient(self, m: int) -> None:
+        """The second part of ``backward``."""
+        lasting = self._lasting(m)
+        graph = self._graphs.get(m) if lasting else self._graphs.pop(m, None)
+        if graph is not None and graph.split is not None:
+            graph.split.weight_gradient(lasting)
+
+    def _lasting(self, m: int) -> bool:
+        """Whether the graph of a micro-batch is to outlive its backward."""
+        return self.keep_graph and m not in self.recomputed
+
     def _record(self, phase: Phase, boundary: Boundary) -> tuple[_Graph, Boundary]:
         arrived: Gradients = []
+        anchor = new_anchor()
         versions = boundary.versions()
-        output = self._run(phase, boundary.open(arrived))
+        output = self._run(phase, boundary.open(arrived, anchor))
         boundary.check_writes(versions)
         cut = Boundary.of(output)
         roots = [(i, get_gradient_edge(leaf)) for i, leaf in enumerate(leaves_once(output)[0]) if cut.needs_grad[i]]
-        return _Graph(roots, arrived), cut
+        return _Graph(roots, arrived, anchor), cut
 
     def _run(self, phase: Phase, value: Any) -> Any:
         stage, m = self.stage, phase.micro_batch

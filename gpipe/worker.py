@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from gpipe.boundary import Boundary
 from gpipe.context import CallerContext
 from gpipe.metering import Meters
 from gpipe.schedule import Action, Kind
@@ -61,53 +60,44 @@ def perform(work: Work, actions: Sequence[Action], spans: list[Span]) -> None:
         BaseException: Whatever a cell raised, with a note that says where.
     """
     for action in actions:
-        flight = work.flights[action.stage]
         try:
-            _PERFORM[action.kind](work, flight, action, spans)
+            _act(work, action, spans)
         except Aborted:
             raise
         except BaseException as error:
+            flight = work.flights[action.stage]
             cell = f", cell {flight.cell}" if flight.cell else ""
             error.add_note(f"gpipe: raised in {flight.stage}{cell}, micro-batch {action.micro_batch}, action {action}")
             raise
 
 
-def _forward(work: Work, flight: Flight, action: Action, spans: list[Span]) -> None:
-    k, _, m = action
-    boundary: Boundary = work.transport.receive(_before(k), k, Direction.FORWARD, m)
+def _act(work: Work, action: Action, spans: list[Span]) -> None:
+    k, kind, m = action
+    before, after = k - 1 if k else CALLER, k + 1 if k + 1 < len(work.flights) else CALLER
+    direction = _DIRECTION.get(kind)
+    source, target = (before, after) if direction == Direction.FORWARD else (after, before)
+    message = None if direction is None else work.transport.receive(source, k, direction, m)
+    modes = work.forward_modes if kind in (Kind.FORWARD, Kind.RECOMPUTE) else work.backward_modes
     start = perf_counter()
-    with work.forward_modes.autocasting(), work.counting(action.stage):
-        output = flight.forward(m, boundary)
+    with modes.autocasting(), work.counting(k):
+        result = _COMPUTE[kind](work.flights[k], m, message)
     spans.append(Span(action, start, perf_counter()))
-    work.transport.send(k, _after(k, work), Direction.FORWARD, m, output)
+    if direction is not None:
+        work.transport.send(k, target, direction, m, result)
 
 
-def _recompute(work: Work, flight: Flight, action: Action, spans: list[Span]) -> None:
-    start = perf_counter()
-    with work.forward_modes.autocasting(), work.counting(action.stage):
-        flight.recompute(action.micro_batch)
-    spans.append(Span(action, start, perf_counter()))
-
-
-def _backward(work: Work, flight: Flight, action: Action, spans: list[Span]) -> None:
-    k, _, m = action
-    gradients = work.transport.receive(_after(k, work), k, Direction.BACKWARD, m)
-    start = perf_counter()
-    with work.backward_modes.autocasting(), work.counting(action.stage):
-        arrived = flight.backward(m, gradients)
-    spans.append(Span(action, start, perf_counter()))
-    work.transport.send(k, _before(k), Direction.BACKWARD, m, arrived)
-
-
-def _before(stage: int) -> int:
-    return stage - 1 if stage else CALLER
-
-
-def _after(stage: int, work: Work) -> int:
-    return stage + 1 if stage + 1 < len(work.flights) else CALLER
-
-
-_PERFORM = {Kind.FORWARD: _forward, Kind.RECOMPUTE: _recompute, Kind.BACKWARD: _backward}
+_DIRECTION = {
+    Kind.FORWARD: Direction.FORWARD,
+    Kind.BACKWARD: Direction.BACKWARD,
+    Kind.INPUT_GRADIENT: Direction.BACKWARD,
+}
+_COMPUTE: dict[Kind, Callable[[Flight, int, Any], Any]] = {
+    Kind.FORWARD: Flight.forward,
+    Kind.RECOMPUTE: lambda flight, m, _: flight.recompute(m),
+    Kind.BACKWARD: Flight.backward,
+    Kind.INPUT_GRADIENT: Flight.input_gradient,
+    Kind.WEIGHT_GRADIENT: lambda flight, m, _: flight.weight_gradient(m),
+}
 
 
 _Jobs = SimpleQueue[Callable[[], None] | None]
@@ -143,7 +133,7 @@ class Workers:
         """Run one job on every worker and wait for all of them.
 
         Args:
-            jobs: One a worker.
+            jobs: One a worker, for the first so many.
             abort: Called when a job raises or the waiting caller is interrupted; must make the others end soon.
 
         Raises:
@@ -157,7 +147,7 @@ class Workers:
             )
         done: SimpleQueue[None] = SimpleQueue()
         runs = [_Once(job, done, abort) for job in jobs]
-        waiting = list(zip(self._jobs, runs, strict=True))
+        waiting = list(zip(self._jobs[: len(runs)], runs, strict=True))
         interrupt: BaseException | None = None
         while waiting or not all(run.ended for run in runs):
             try:
