@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import gpipe
 from benchmarks.harness import Result, Samples, interleave, steady, timed
-from gpipe.metering import Meters
 from gpipe.partitioning.cells import cells_of
 from gpipe.partitioning.cost import CellCost
 from gpipe.partitioning.partition import Partition
@@ -136,12 +135,11 @@ def _peaks(pipe: gpipe.GPipe, x: Tensor) -> list[int]:
     """Bytes each stage holds at its peak, in the second step with Adam."""
     optimizer = torch.optim.Adam(pipe.parameters())
     _step(pipe, x, optimizer)
-    pipe._meters = meters = Meters(STAGES)
-    _step(pipe, x, optimizer)
-    pipe._meters = None
-    static = [3 * sum(p.nbytes for cell in stage.cells for p in cell.parameters()) for stage in pipe._stages]
+    with gpipe.record(pipe, memory=True) as timeline:
+        _step(pipe, x, optimizer)
+    state = [2 * sum(p.nbytes for cell in stage.cells for p in cell.parameters()) for stage in pipe._stages]
     gc.collect()
-    return [before + peak for before, peak in zip(static, meters.peaks, strict=True)]
+    return [size + peak for size, peak in zip(state, timeline.peak_bytes, strict=True)]
 
 
 def predicted_bytes() -> Result:

@@ -2,8 +2,10 @@
 
 from gpipe.phase import is_checkpointing, is_recomputing
 from gpipe.pipe import GPipe
+from gpipe.recording import record
 from gpipe.rng import cell_seed
 from gpipe.schedule import Action, Kind, Schedule, ScheduleError
+from gpipe.simulate import StageCost, simulate
 from gpipe.timeline import Span, Timeline
 
 __all__ = [
@@ -13,10 +15,13 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "Span",
+    "StageCost",
     "Timeline",
     "cell_seed",
     "is_checkpointing",
     "is_recomputing",
+    "record",
+    "simulate",
 ]
 
 __version__ = "0.1.0"

@@ -5,8 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate, pairwise
 from numbers import Integral, Real
+from statistics import median
 from typing import Any
+
+from gpipe.actions import Kind
+from gpipe.partitioning.cost import CellCost
+from gpipe.timeline import Timeline
 
 Link = tuple[float, float]
 """Latency in seconds, bandwidth in bytes per second."""
@@ -39,6 +45,56 @@ class StageCost:
         for field in fields(self):
             check = seconds if field.name.endswith("seconds") else whole_bytes
             object.__setattr__(self, field.name, check(field.name, getattr(self, field.name)))
+
+    @classmethod
+    def of_cells(cls, cells: Sequence[CellCost], weight_share: float = 0.5) -> StageCost:
+        """The cost of a stage from those of its cells, as ``profile`` and ``estimate`` give them.
+
+        Args:
+            cells: Of one stage, in order.
+            weight_share: The part of a backward that the weights' gradients take, 0 to 1; half in large products.
+        """
+        backward = sum(cell.backward_seconds for cell in cells)
+        return cls(
+            forward_seconds=sum(cell.forward_seconds for cell in cells),
+            input_gradient_seconds=backward * (1 - weight_share),
+            weight_gradient_seconds=backward * weight_share,
+            activation_bytes=sum(cell.activation_bytes for cell in cells) - cells[-1].handed_on_bytes,
+            boundary_bytes=cells[-1].boundary_bytes,
+            parameter_bytes=sum(cell.parameter_bytes for cell in cells),
+        )
+
+
+def divided_costs(cells: Sequence[CellCost], balance: Sequence[int], weight_share: float = 0.5) -> list[StageCost]:
+    """One cost for every stage of a division of cells.
+
+    Args:
+        cells: Their costs, in order.
+        balance: Number of cells of every stage.
+        weight_share: The part of a backward that the weights' gradients take.
+    """
+    ends = [0, *accumulate(balance)]
+    return [StageCost.of_cells(cells[first:end], weight_share) for first, end in pairwise(ends)]
+
+
+def measured_costs(timeline: Timeline) -> list[StageCost]:
+    """The seconds of every stage in a recorded mini-batch: medians over its micro-batches; bytes are left out.
+
+    Where backwards ran whole, all of their time counts as that of the input's gradient.
+    """
+    found: dict[tuple[int, Kind], list[float]] = {}
+    for spans in timeline.workers:
+        for (stage, kind, _), start, end in spans:
+            found.setdefault((stage, Kind.FORWARD if kind == Kind.RECOMPUTE else kind), []).append(end - start)
+    middle = {key: median(values) for key, values in found.items()}
+    return [
+        StageCost(
+            forward_seconds=middle[stage, Kind.FORWARD],
+            input_gradient_seconds=middle.get((stage, Kind.INPUT_GRADIENT), middle.get((stage, Kind.BACKWARD), 0.0)),
+            weight_gradient_seconds=middle.get((stage, Kind.WEIGHT_GRADIENT), 0.0),
+        )
+        for stage in sorted({stage for stage, _ in found})
+    ]
 
 
 def seconds(name: str, value: Any) -> float:

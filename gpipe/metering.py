@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,18 +13,22 @@ from gpipe.partitioning.live import LiveBytes
 
 
 class Meters:
-    """Counts for every stage the storages its operators make and the tensors it receives.
+    """Counts for every stage its parameters, the storages its operators make, and the tensors it receives.
 
-    Parameters, and whatever else was there before, are not in it; what the caller's loss makes is not either.
+    Args:
+        parameter_bytes: Per stage what is there before, and stays.
     """
 
-    def __init__(self, stages: int) -> None:
-        self._meters = [LiveBytes() for _ in range(stages)]
+    def __init__(self, parameter_bytes: Sequence[int]) -> None:
+        self._parameter_bytes = parameter_bytes
+        self._meters = [LiveBytes() for _ in parameter_bytes]
 
-    @property
-    def peaks(self) -> tuple[int, ...]:
-        """Per stage the most bytes that were held at a time."""
-        return tuple(meter.peak for meter in self._meters)
+    def levels(self) -> list[tuple[list[float], list[int]]]:
+        """Per stage times, in seconds of ``time.perf_counter``, and the bytes held from each of them on."""
+        return [
+            ([time for time, _ in meter.levels], [size + before for _, size in meter.levels])
+            for meter, before in zip(self._meters, self._parameter_bytes, strict=True)
+        ]
 
     def counting(self, stage: int) -> AbstractContextManager[Any]:
         """Count what this thread's operators make inside for ``stage``."""

@@ -17,6 +17,7 @@ from gpipe.context import CallerContext
 from gpipe.found import Found
 from gpipe.gradients import collected
 from gpipe.metering import Meters
+from gpipe.recording import Recording
 from gpipe.schedule import Action, Schedule
 from gpipe.stage import Flight, Head, Stage
 from gpipe.timeline import Span
@@ -53,7 +54,7 @@ class MiniBatch:
         step: The training step, which random draws depend on.
         defer_batch_norm: Collect batch-norm statistics and commit them after forward.
         head: Computes each micro-batch's loss on the last stage, for schedules that interleave forward and backward.
-        meters: Count what the stages hold.
+        metered: Count what the stages hold.
     """
 
     def __init__(
@@ -65,9 +66,8 @@ class MiniBatch:
         step: int,
         defer_batch_norm: bool = False,
         head: Head | None = None,
-        meters: Meters | None = None,
+        metered: bool = False,
     ) -> None:
-        self._meters = meters
         self._pipeline = pipeline
         self._schedule = schedule
         self._context = CallerContext.capture([s.device for s in pipeline.stages])
@@ -84,7 +84,9 @@ class MiniBatch:
             )
             for stage in pipeline.stages
         ]
-        self.spans: list[list[Span]] = [[] for _ in schedule.workers]
+        self.recording = Recording(
+            [[] for _ in schedule.workers], Meters([s.parameter_bytes for s in pipeline.stages]) if metered else None
+        )
         self._found: Found | None = None
         self._spent = False
         self.output_gradients: list[Gradients] = []
@@ -168,11 +170,11 @@ class MiniBatch:
             transport.send(CALLER, 0, Direction.FORWARD, m, boundary.copy())
 
     def _transport(self) -> ThreadTransport:
-        return ThreadTransport([stage.device for stage in self._pipeline.stages], self._meters)
+        return ThreadTransport([stage.device for stage in self._pipeline.stages], self.recording.meters)
 
     def _perform(self, actions: Actions, transport: ThreadTransport, backward_modes: CallerContext) -> None:
-        work = Work(self._flights, transport, self._context, backward_modes, self._meters)
-        jobs = [self._job(work, *worker) for worker in zip(actions, self.spans, strict=True) if worker[0]]
+        work = Work(self._flights, transport, self._context, backward_modes, self.recording.meters)
+        jobs = [self._job(work, *worker) for worker in zip(actions, self.recording.spans, strict=True) if worker[0]]
         self._pipeline.workers.run(jobs, transport.abort)
 
     def _job(self, work: Work, actions: Sequence[Action], spans: list[Span]) -> Callable[[], None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
@@ -21,10 +21,10 @@ from gpipe.cells import refuse_sharing, registries
 from gpipe.choosing import AnySchedule, chosen
 from gpipe.context import autocast_off, refuse_transforms
 from gpipe.loss import LossFunction, MicroBatchLoss, checked_loss
-from gpipe.metering import Meters
 from gpipe.microbatch import gather, row_count, scatter, split_sizes
 from gpipe.minibatch import MiniBatch, Pipeline
 from gpipe.partitioning.cells import cells_of
+from gpipe.recording import Recording
 from gpipe.settings import (
     Checkpoint,
     check_balance,
@@ -126,7 +126,8 @@ class GPipe(nn.Module):
             outputs = batch.forward([Boundary.of(part) for part in parts])
             self.step += self.training
         trees = attach(batch, parts, outputs) if torch.is_grad_enabled() else [output.tree() for output in outputs]
-        with nullcontext() if self._meters is None else self._meters.counting(len(self._stages) - 1):
+        meters = batch.recording.meters
+        with nullcontext() if meters is None else meters.counting(len(self._stages) - 1):
             return gather(trees)
 
     def train_step(
@@ -192,7 +193,7 @@ class GPipe(nn.Module):
     @property
     def timeline(self) -> Timeline:
         """When every worker did what in the latest mini-batch."""
-        return Timeline(tuple(tuple(spans) for spans in self._spans))
+        return self.recording.timeline()
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode on the wrapped module and its cells."""
@@ -260,7 +261,7 @@ class GPipe(nn.Module):
         return f"balance={self.balance}, devices={devices}, chunks={self.chunks}, checkpoint={self.checkpoint!r}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("_stages", "_workers", "_lock", "_spans", "_meters")}
+        return {k: v for k, v in vars(self).items() if k not in ("_stages", "_workers", "_lock", "recording")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -281,8 +282,8 @@ class GPipe(nn.Module):
         ]
         self._workers: Workers | None = None
         self._lock = threading.RLock()
-        self._spans: Sequence[Sequence[Any]] = []
-        self._meters: Meters | None = None
+        self.recording = Recording()
+        self.metered = False
 
     def _mini_batch(self, micro_batches: int, schedule: AnySchedule, head: Head | None = None) -> MiniBatch:
         module = vars(self)["module"]
@@ -303,9 +304,9 @@ class GPipe(nn.Module):
             step=self.step,
             defer_batch_norm=self.deferred_batch_norm,
             head=head,
-            meters=self._meters,
+            metered=self.metered,
         )
-        self._spans = batch.spans
+        self.recording = batch.recording
         return batch
 
     def _scattered(self, inputs: Any) -> list[Any]:

@@ -17,7 +17,7 @@ from gpipe.boundary import Boundary, Gradients, leaves_once, new_anchor
 from gpipe.buffers import Before, ChangingBuffers, rewound
 from gpipe.phase import Phase, running
 from gpipe.rng import Brought, Draws, cell_seed
-from gpipe.split import CannotSplit, Split
+from gpipe.split_backward import CannotSplit, Split
 
 
 class Head(Protocol):
@@ -60,6 +60,11 @@ class Stage:
         self.draws = Draws(len(cells) + 1, device if alone and device.type != "cpu" else None)
         self.buffers = ChangingBuffers()
         self._warned = False
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of its parameters, each counted once."""
+        return sum(p.nbytes for p in {p: None for cell in self.cells for p in cell.parameters()})
 
     def warn_once(self, message: str) -> None:
         """Tell the user something that every micro-batch would say again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from time import perf_counter
 from typing import Any, Self
 
 import torch
@@ -22,12 +23,14 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         live: Bytes held now.
         peak: The most there ever were.
+        levels: (seconds of ``time.perf_counter``, bytes held from then on).
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
+        self.levels = [(perf_counter(), 0)]
         self._held: dict[int, weakref.finalize[Any, Any]] = {}
         self._lock = threading.RLock()  # a collection of garbage may free a storage while one is being booked
 
@@ -53,7 +56,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return
             self._held[address] = weakref.finalize(storage, self._freed, address, size)
             self._held[address].atexit = False
-            self.live += size
+            self._change(size)
             self.peak = max(self.peak, self.live)
 
     def restart(self) -> None:
@@ -63,7 +66,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _freed(self, address: int, size: int) -> None:
         with self._lock:
             del self._held[address]
-            self.live -= size
+            self._change(-size)
+
+    def _change(self, size: int) -> None:
+        self.live += size
+        self.levels.append((perf_counter(), self.live))
 
 
 def _address(tensor: Tensor) -> int:

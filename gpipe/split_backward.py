@@ -104,14 +104,20 @@ def _walked(roots: Sequence[Node]) -> tuple[list[Node], Counter[Node]]:
 
 
 def _weights(node: Node, uses: Counter[Node]) -> Iterator[Node]:
-    """The leaves that hang on ``node`` alone, by a path without branches: its weight and its bias."""
+    """The leaves of two or more dimensions that hang on ``node`` alone, by a path without branches.
+
+    A bias is cheap, and goes with the first part: whether it is in the product's node may depend on the micro-batch's
+    shape, and the order in which the gradients of micro-batches are added up must not.
+    """
     for child, _ in node.next_functions:
         following: Any = child
-        while following is not None and uses[following] == 1 and not _is_leaf(following):
+        while following is not None and uses[following] == 1 and following.name() not in _PRODUCTS:
+            if _is_leaf(following):
+                if following.variable.dim() > 1:
+                    yield following
+                break
             after = [n for n, _ in following.next_functions if n is not None]
             following = after[0] if len(after) == 1 else None
-        if following is not None and uses[following] == 1:
-            yield following
 
 
 def _is_leaf(node: Node) -> bool:

@@ -1,0 +1,53 @@
+"""What a mini-batch of a running pipe did, and when, and what it held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from gpipe.metering import Meters
+from gpipe.timeline import Memory, Span, Timeline
+
+if TYPE_CHECKING:
+    from gpipe.pipe import GPipe
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Filled by the workers of one mini-batch.
+
+    Attributes:
+        spans: Per worker, in order.
+        meters: What the stages hold, if that is counted.
+    """
+
+    spans: Sequence[list[Span]] = ()
+    meters: Meters | None = field(default=None)
+
+    def timeline(self) -> Timeline:
+        """What has been recorded so far."""
+        memory = [] if self.meters is None else [Memory(*levels) for levels in self.meters.levels()]
+        return Timeline(tuple(tuple(spans) for spans in self.spans), memory=tuple(memory))
+
+
+@contextmanager
+def record(pipe: GPipe, *, memory: bool = False) -> Iterator[Timeline]:
+    """Record what runs inside; afterwards the timeline that was given holds the last mini-batch.
+
+    Args:
+        pipe: The pipe.
+        memory: Also record the bytes of every stage: its parameters, all that its operators make, gradients included,
+            and all that it receives, as if each stage had a device of its own. That takes time for every operator, and
+            copies of what stages send each other: record seconds without. The model's outputs, put together, belong to
+            the last stage; what the loss makes belongs to none.
+    """
+    timeline = Timeline(())
+    before, pipe.metered = pipe.recording, memory
+    try:
+        yield timeline
+    finally:
+        pipe.metered = False
+        if pipe.recording is not before:
+            vars(timeline).update(vars(pipe.recording.timeline()))
