@@ -50,4 +50,5 @@ def record(pipe: GPipe, *, memory: bool = False) -> Iterator[Timeline]:
     finally:
         pipe.metered = False
         if pipe.recording is not before:
+            vars(timeline).clear()
             vars(timeline).update(vars(pipe.recording.timeline()))

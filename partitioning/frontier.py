@@ -15,6 +15,9 @@ from gpipe.partitioning.bottleneck import Scores
 from gpipe.partitioning.labels import Floor, Labels
 from gpipe.partitioning.problem import Floats, Ints, Problem, StageTimes
 
+_CANDIDATES = 4
+"""Labels looked at for every one that may be kept: the search gives up the rest."""
+
 
 class Found(NamedTuple):
     """Divisions that may take fewer seconds than ``target``.
@@ -169,15 +172,16 @@ class Frontier:
 
     def _worth_keeping(self, labels: Floats, bound: Floats) -> Ints:
         """Indices of at most ``beam`` labels, sorted by bound, of which none makes another superfluous."""
-        left = np.arange(len(labels))
+        left = np.arange(min(len(labels), _CANDIDATES * self._beam))
         kept: list[int] = []
         while len(left) and len(kept) < self._beam:
             kept.append(int(left[0]))
             left = left[1:]
             if self._labels.dominance:
                 left = left[(labels[left] < labels[kept[-1]] - self._slack).any(axis=1)]
-        if len(left):
-            self._given_up = min(self._given_up, float(bound[left[0]]))
+        given_up = [*left[:1], *range(len(labels))[_CANDIDATES * self._beam :][:1]]
+        if given_up:
+            self._given_up = min(self._given_up, float(bound[min(given_up)]))
         return np.array(kept, dtype=np.int64)
 
 

@@ -268,22 +268,18 @@ class RangeMaximum:
 
     def __init__(self, values: Ints) -> None:
         self.values = values
-        self._rows = [values]
-        while 2 ** len(self._rows) <= len(values):
-            half = 2 ** (len(self._rows) - 1)
-            self._rows.append(np.maximum(self._rows[-1][:-half], self._rows[-1][half:]))
+        rows = [values]
+        while 2 ** len(rows) <= len(values):
+            half = 2 ** (len(rows) - 1)
+            rows.append(rows[-1].copy())
+            np.maximum(rows[-2][:-half], rows[-2][half:], out=rows[-1][:-half])
+        self._rows = np.stack(rows)
 
     def __call__(self, first: Ints, end: Ints) -> Ints:
         """The largest from ``first`` to ``end`` - 1, for all of them at once."""
-        length = end - first
-        level = np.frexp(length.astype(np.float64))[1] - 1
-        left, right = np.broadcast_to(first, length.shape), np.broadcast_to(end - (1 << level), length.shape)
-        most = np.zeros(length.shape, dtype=np.int64)
-        for j, row in enumerate(self._rows):
-            here = level == j
-            if here.any():
-                most[here] = np.maximum(row[left[here]], row[right[here]])
-        return most
+        level = np.frexp((end - first).astype(np.float64))[1] - 1
+        largest: Ints = np.maximum(self._rows[level, first], self._rows[level, end - (1 << level)])
+        return largest
 
 
 def _seconds(values: Sequence[float]) -> Floats:
