@@ -1,15 +1,16 @@
 """A backward in two parts: the gradients of a stage's input first, those of its weights later, from one graph.
 
 Most of a backward's time goes into products, two for each layer: one with the weight, for the input's gradient, and one
-with the input, for the weight's. Only the first is waited for by the stage before. So the nodes of the graph that own
-such products are run twice, each time for one of the two; everything else is run once, with the first part. Zero bubble
-pipelines, arXiv 2401.10241, section 2.
+with the input, for the weight's. Only the first is waited for by the stage before. So the weight's products of matrix
+products and convolutions are put off, and computed later as autograd would have; all else belongs to the first part,
+after which the graph is freed: of the activations, the inputs of these layers stay, and the gradients of their outputs.
+Zero bubble pipelines, arXiv 2401.10241, section 2.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-_PRODUCTS = frozenset(
-    f"{name}Backward0" for name in "Addbmm Addmm Addmv Baddbmm Bmm Mm Mv Linear Convolution Embedding".split()
-)
 _REENTRANT = "CheckpointFunctionBackward"  # runs a backward of its own, which may not be asked for some inputs alone
 
 
@@ -27,12 +25,21 @@ class CannotSplit(Exception):
     """The graph has a node that can only be run as a whole."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Product:
-    """A node whose weight product can wait."""
+    """A weight's product that is put off.
+
+    Attributes:
+        node: The layer's node in the graph.
+        entry: Where the product's result goes on to the weight: it may have been transposed or cast.
+        weight: The parameter.
+        compute: The product, from the gradient of the layer's output.
+    """
 
     node: Node
-    parameters: list[Tensor]
+    entry: GradientEdge
+    weight: Tensor
+    compute: Callable[[Tensor], Tensor]
 
 
 class Split:
@@ -50,41 +57,98 @@ class Split:
         nodes, uses = _walked([root.node for root in roots])
         if any(node.name() == _REENTRANT for node in nodes):
             raise CannotSplit(f"torch.utils.checkpoint with use_reentrant=True ({_REENTRANT})")
-        leaves: dict[Node, Tensor] = {node: node.variable for node in nodes if _is_leaf(node)}  # type: ignore[attr-defined]
-        self._products = [
-            _Product(node, [leaves[leaf] for leaf in weights])
-            for node in nodes
-            if node.name() in _PRODUCTS and (weights := list(_weights(node, uses)))
-        ]
-        later = {id(p) for product in self._products for p in product.parameters}
+        self._products = [product for node in nodes for product in _put_off(node, uses)]
+        later = {id(product.weight) for product in self._products}
+        leaves = [node.variable for node in nodes if _is_leaf(node)]  # type: ignore[attr-defined]
         self._start = start
-        self._now = [p for p in leaves.values() if id(p) not in later and p is not start]
-        self._entered: list[Tensor | None] = []
+        self._now = [p for p in leaves if id(p) not in later and p is not start]
+        self._waiting: list[tuple[Tensor, _Product]] = []
 
-    def input_gradient(self, roots: Sequence[GradientEdge], values: Sequence[Tensor]) -> None:
-        """Run backward from some of the roots up to the inputs; what the weight products need is kept."""
+    def input_gradient(self, roots: Sequence[GradientEdge], values: Sequence[Tensor], keep_graph: bool) -> None:
+        """Run backward from some of the roots up to the inputs; with ``keep_graph`` both parts can be run again."""
         edges = [GradientEdge(product.node, 0) for product in self._products]
         wanted: list[Any] = [*edges, *self._now, self._start]
-        found = torch.autograd.grad(
-            roots,
-            wanted,
-            values,
-            retain_graph=True,
-            allow_unused=True,
-        )
-        self._entered = list(found[: len(edges)])
-        accumulated = [(p, g) for p, g in zip(self._now, found[len(edges) : -1], strict=True) if g is not None]
-        if accumulated:
-            parameters, gradients = zip(*accumulated, strict=True)
-            torch.autograd.backward(parameters, gradients)
-
-    def weight_gradient(self, keep_graph: bool) -> None:
-        """Run the weight products; with ``keep_graph`` both parts can be run again."""
-        entered, self._entered = self._entered, []
-        for product, gradient in zip(self._products, entered, strict=True):
+        found = torch.autograd.grad(roots, wanted, values, retain_graph=keep_graph, allow_unused=True)
+        entered, now = found[: len(edges)], found[len(edges) : -1]
+        self._waiting = [(g, product) for g, product in zip(entered, self._products, strict=True) if g is not None]
+        if not keep_graph:
+            self._products = []
+        for parameter, gradient in zip(self._now, now, strict=True):
             if gradient is not None:
-                edge = GradientEdge(product.node, 0)
-                torch.autograd.backward([edge], [gradient], inputs=product.parameters, retain_graph=keep_graph)
+                torch.autograd.backward([parameter], [gradient])
+
+    def weight_gradient(self) -> None:
+        """Run the products that were put off; each frees what it needed."""
+        while self._waiting:
+            gradient, product = self._waiting.pop(0)
+            with torch.no_grad():
+                result = product.compute(gradient)
+            torch.autograd.backward([product.entry], [result], inputs=[product.weight], retain_graph=True)
+
+
+def _put_off(node: Node, uses: Counter[Node]) -> Iterator[_Product]:
+    """The product of a layer's weight, if the node is a layer's and the weight hangs on it alone."""
+    if node.name() not in _LAYERS:
+        return
+    place, product_of = _LAYERS[node.name()]
+    child, number = node.next_functions[place]
+    leaf = _leaf_below(child, uses)
+    if child is not None and leaf is not None:
+        yield _Product(node, GradientEdge(child, number), leaf.variable, product_of(node))  # type: ignore[attr-defined]
+
+
+def _leaf_below(child: Node | None, uses: Counter[Node]) -> Node | None:
+    """The parameter's node that alone hangs on ``child``, by a path without branches or layers; None if there is none.
+
+    Its weight has two or more dimensions; of a one-dimensional one the order in which gradients are added up would
+    depend on the micro-batches' shapes, as a bias may or may not be part of its layer's node.
+    """
+    while child is not None and uses[child] == 1 and child.name() not in _LAYERS:
+        if _is_leaf(child):
+            return child if child.variable.dim() > 1 else None  # type: ignore[attr-defined]
+        after = [n for n, _ in child.next_functions if n is not None]
+        child = after[0] if len(after) == 1 else None
+    return None
+
+
+def _matrix(saved: str, alpha: bool) -> Callable[[Any], Callable[[Tensor], Tensor]]:
+    """Products of ``mm`` and ``addmm`` with the second matrix, as autograd's ``mm_mat2_backward`` has them."""
+
+    def product_of(node: Any) -> Callable[[Tensor], Tensor]:
+        rows: Tensor = getattr(node, saved).detach()
+        factor = node._saved_alpha if alpha else 1
+        strides, sizes = node._saved_mat2_sym_strides, node._saved_mat2_sym_sizes
+        by_column = strides[0] == 1 and strides[1] == sizes[0]
+
+        def product(gradient: Tensor) -> Tensor:
+            result = gradient.t().mm(rows.conj()).t() if by_column else rows.t().conj().mm(gradient)
+            return result if factor == 1 else result * factor
+
+        return product
+
+    return product_of
+
+
+def _convolution(node: Any) -> Callable[[Tensor], Tensor]:
+    """The product of a convolution with its input."""
+    image, weight = node._saved_input.detach(), node._saved_weight.detach()
+    numbers = [
+        getattr(node, f"_saved_{name}")
+        for name in "bias_sym_sizes_opt stride padding dilation transposed output_padding groups".split()
+    ]
+
+    def product(gradient: Tensor) -> Tensor:
+        result: Tensor = torch.ops.aten.convolution_backward(gradient, image, weight, *numbers, (False, True, False))[1]
+        return result
+
+    return product
+
+
+_LAYERS: dict[str, tuple[int, Callable[[Any], Callable[[Tensor], Tensor]]]] = {
+    "MmBackward0": (1, _matrix("_saved_self", alpha=False)),
+    "AddmmBackward0": (2, _matrix("_saved_mat1", alpha=True)),
+    "ConvolutionBackward0": (1, _convolution),
+}
 
 
 def _walked(roots: Sequence[Node]) -> tuple[list[Node], Counter[Node]]:
@@ -101,23 +165,6 @@ def _walked(roots: Sequence[Node]) -> tuple[list[Node], Counter[Node]]:
         uses.update(following)
         waiting += reversed(following)
     return list(nodes), uses
-
-
-def _weights(node: Node, uses: Counter[Node]) -> Iterator[Node]:
-    """The leaves of two or more dimensions that hang on ``node`` alone, by a path without branches.
-
-    A bias is cheap, and goes with the first part: whether it is in the product's node may depend on the micro-batch's
-    shape, and the order in which the gradients of micro-batches are added up must not.
-    """
-    for child, _ in node.next_functions:
-        following: Any = child
-        while following is not None and uses[following] == 1 and following.name() not in _PRODUCTS:
-            if _is_leaf(following):
-                if following.variable.dim() > 1:
-                    yield following
-                break
-            after = [n for n, _ in following.next_functions if n is not None]
-            following = after[0] if len(after) == 1 else None
 
 
 def _is_leaf(node: Node) -> bool:

@@ -204,9 +204,12 @@ class Flight:
         except CannotSplit as error:
             self.stage.warn_once(f"{self.stage} runs its backward whole, not in two parts: it uses {error}")
             return self.backward(m, gradients)
+        lasting = self._lasting(m)
         roots, values = graph.entering(gradients)
+        if not lasting:
+            graph.roots.clear()
         if roots:
-            graph.split.input_gradient(roots, values)
+            graph.split.input_gradient(roots, values, lasting)
         return list(graph.arrived)
 
     def weight_gradient(self, m: int) -> None:
@@ -214,7 +217,7 @@ class Flight:
         lasting = self._lasting(m)
         graph = self._graphs.get(m) if lasting else self._graphs.pop(m, None)
         if graph is not None and graph.split is not None:
-            graph.split.weight_gradient(lasting)
+            graph.split.weight_gradient()
 
     def _lasting(self, m: int) -> bool:
         """Whether the graph of a micro-batch is to outlive its backward."""

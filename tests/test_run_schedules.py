@@ -83,6 +83,17 @@ def test_a_loss_over_the_mini_batch_admits_flushes(keep):
     assert_same(found[1], found[0])
 
 
+def test_autocast_reaches_both_parts_of_a_backward():
+    x, y = torch.randn(6, 5, 4), torch.randn(6, 5, 8)
+    found = []
+    for schedule in ("gpipe", "gpipe_zero_bubble"):
+        module = layers()
+        with torch.autocast("cpu", torch.bfloat16):
+            make_pipe(module, [2, 2], chunks=3).train_step(x, y, mse, schedule=schedule)
+        found.append(gradients(module))
+    assert_same(found[1], found[0])
+
+
 @pytest.mark.parametrize("schedule", ["one_f_one_b", "zero_bubble_h1"])
 def test_a_loss_over_the_mini_batch_refuses_the_others(schedule):
     pipe = make_pipe(linears(), chunks=5)

@@ -96,6 +96,18 @@ NETS = {
     "convolution": convolution,
     "attention": attention,
     "recurrent": recurrent,
+    "convolutions of all kinds": lambda: nn.Sequential(
+        nn.Unflatten(1, (2, 2)),
+        nn.Conv1d(2, 4, 3, padding=2, dilation=2, groups=2),
+        nn.ConvTranspose1d(4, 2, 2, stride=2, output_padding=1, groups=2, bias=False),
+        nn.Flatten(),
+        nn.Linear(10, 4),
+    ),
+    "factors": lambda: Apply(
+        lambda x, a: torch.addmm(a.bias, torch.mm(a.weight, x.t()).t(), a.weight.clone(), alpha=3, beta=2),
+        nn.Linear(4, 4),
+    ),
+    "rows and columns": lambda: Apply(lambda x, a, b: x @ a.weight @ b.weight.t(), nn.Linear(4, 4), nn.Linear(4, 4)),
     "a function of the user's": lambda: nn.Sequential(nn.Linear(4, 4), Scale(), nn.Linear(4, 4)),
     "a weight used three times": Tied,
     "frozen parts": frozen,
@@ -133,8 +145,8 @@ def test_both_parts_together_are_the_whole(net, first):
             edges = [torch.autograd.graph.get_gradient_edge(output)]
             if split:
                 parts = Split(edges, start)
-                parts.input_gradient(edges, [values])
-                parts.weight_gradient(keep_graph=False)
+                parts.input_gradient(edges, [values], keep_graph=False)
+                parts.weight_gradient()
             else:
                 torch.autograd.backward(edges, [values])
         found.append(gradients(module))
@@ -147,11 +159,11 @@ def test_the_weights_wait_and_nothing_else_does():
     output, start = graph(module, torch.randn(3, 4, requires_grad=True))
     edges = [torch.autograd.graph.get_gradient_edge(output)]
     parts = Split(edges, start)
-    parts.input_gradient(edges, [torch.ones(3, 4)])
+    parts.input_gradient(edges, [torch.ones(3, 4)], keep_graph=False)
     waiting = {name for name, p in module.named_parameters() if p.grad is None}
     assert waiting == {"0.weight", "2.weight"}
     assert start.grad is None
-    parts.weight_gradient(keep_graph=False)
+    parts.weight_gradient()
     assert all(p.grad is not None for p in module.parameters())
 
 
@@ -161,8 +173,8 @@ def test_a_users_function_goes_backward_once():
     output, start = graph(module, torch.randn(3, 4, requires_grad=True))
     edges = [torch.autograd.graph.get_gradient_edge(output)]
     parts = Split(edges, start)
-    parts.input_gradient(edges, [torch.ones(3, 4)])
-    parts.weight_gradient(keep_graph=False)
+    parts.input_gradient(edges, [torch.ones(3, 4)], keep_graph=False)
+    parts.weight_gradient()
     assert Twice.runs == 1
 
 
