@@ -29,7 +29,7 @@ class Infeasible(ValueError):
         memory_limit: Limits that would do, each larger by what is missing; None where there was none.
         stages: The smallest number of stages that would do, on devices of the same limit; None if none was found.
         micro_batches: The smallest number of micro-batches of the same mini-batch that would do; None if there is none.
-        keep: 1 if keeping a single micro-batch would do where more were asked for; None otherwise.
+        keep: Micro-batches to keep that would do where more were asked for; None otherwise.
     """
 
     def __init__(
@@ -157,9 +157,10 @@ def _fitting(scores: Scores, k: int, rest: Bools) -> Iterator[Bools]:
 
 
 def _less_kept(problem: Problem) -> int | None:
-    if problem.keep is None or max(problem.keep) <= 1:
+    if problem.keep is None or max(problem.keep) <= problem.least_keep:
         return None
-    return 1 if first_division(replace(problem, keep=(1,) * problem.stages)) is not None else None
+    least = problem.least_keep
+    return least if first_division(replace(problem, keep=(least,) * problem.stages)) is not None else None
 
 
 def _missing(problem: Problem, k: int, first: Ints, end: Ints) -> Floats:
@@ -214,7 +215,7 @@ def _undivided(problem: Problem) -> str:
 
 
 def _needs(problem: Problem, k: int, first: int, end: int) -> str:
-    wanted = 1 if problem.keep is None else problem.keep[k]
+    wanted = problem.least_keep if problem.keep is None else problem.keep[k]
     parts = problem.bytes(k, np.array([first]), np.array([end]), np.array([wanted]))
     total = int(parts.total.max())
     cells = problem.cells[first:end]
@@ -241,7 +242,7 @@ def _remedies(
             f"shrink to {problem.micro_batches / chunks:.2g} of what they are)"
         )
     if keep is not None:
-        would.append("keep=1")
+        would.append(f"keep={keep}")
     text = ["Would do: " + "; or ".join(would) + "."]
     if stages is None and same:
         text.append(_undivided(problem))

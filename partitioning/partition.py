@@ -198,7 +198,7 @@ class Partition:
         spent = (
             f"stage {k} recomputes {stage.recomputed} micro-batches, {readable_seconds(stage.recompute_seconds)} a step"
         )
-        held = max(stage.keep, 1)
+        held = max(stage.keep, 1) if self.schedule == "gpipe" else stage.keep + 1
         if held >= stage.in_flight:
             return f"{spent}, though more fit: keep={self.micro_batches} recomputes none."
         one, all_ = (stage.further_bytes * n - stage.free_bytes for n in (1, stage.in_flight - held))

@@ -157,6 +157,11 @@ class Problem:
         alike = len(set(self.limits)) == 1 and len(set(self.speeds)) == 1 and len(set(self.keep or (0,))) == 1
         return alike and self.schedule == "gpipe"
 
+    @property
+    def least_keep(self) -> int:
+        """The most micro-batches to keep that take no more memory than keeping none."""
+        return 1 if self.schedule == "gpipe" else 0
+
     def in_flight(self, k: int) -> int:
         """Micro-batches stage ``k`` has sent forward and not yet backward, at most."""
         return self.micro_batches if self.schedule == "gpipe" else min(self.stages - k, self.micro_batches)
@@ -178,13 +183,13 @@ class Problem:
         a recompute needs the activations of one micro-batch: keeping one costs nothing. A further one trades its input,
         or what of it autograd does not keep, for its activations. The parameters' gradients are made by the first
         backward, when its activations and input go. Under 1F1B the first micro-batches are kept, of which
-        no more than are in flight exist at a time.
+        no more than are in flight exist at a time, and beside them those of a forward that runs and drops them.
 
         The last stage holds the whole mini-batch's outputs and their gradients, unless 1F1B has every micro-batch's
         loss computed there and then.
         """
         one = self._one(first, end)
-        more = np.clip(keep, 1, self.in_flight(k)) - 1
+        more = np.clip(self._at_once(keep), 1, self.in_flight(k)) - 1
         further = np.where(more > 0, self.further_bytes(first, end), 0)
         static = np.ceil(self.static * (self.parameters[end] - self.parameters[first])).astype(np.int64)
         traded = np.minimum(one, self.entering[first] - self.kept_input[first])
@@ -198,7 +203,7 @@ class Problem:
 
     def least_bytes(self, k: int, first: Ints, end: Ints) -> Ints:
         """Bytes stage ``k`` cannot do without: with the given keep, or with one micro-batch kept."""
-        keep = np.asarray(1 if self.keep is None else self.keep[k])
+        keep = np.asarray(self.least_keep if self.keep is None else self.keep[k])
         return self.bytes(k, first, end, keep).total
 
     def stage(self, k: int, first: Ints, end: Ints) -> StageTimes:
@@ -217,7 +222,15 @@ class Problem:
         further = self.further_bytes(first, end)
         gained = self._pending(k, first, end, further) - self._pending(k, first, end, np.zeros_like(further))
         fitting = 1 + (free + gained) // np.maximum(further, 1)
-        return np.where(free < 0, -1, np.where((fitting >= self.in_flight(k)) | (further == 0), wanted, fitting))
+        some = fitting if self.schedule == "gpipe" else fitting - 1
+        return np.where(free < 0, -1, np.where((fitting >= self.in_flight(k)) | (further == 0), wanted, some))
+
+    def _at_once(self, keep: Ints) -> Ints:
+        """Micro-batches whose activations exist at once, up to those in flight.
+
+        Under 1F1B the kept ones come first, and a forward that drops its activations has them while it runs.
+        """
+        return keep if self.schedule == "gpipe" else np.where(keep > 0, keep + 1, keep)
 
     def further_bytes(self, first: Ints, end: Ints) -> Ints:
         """What every kept micro-batch but the first adds to the peak of a stage."""

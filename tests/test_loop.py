@@ -75,7 +75,7 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     printed = tiny_run.run(tiny_run.write(tmp_path))
     folder = tmp_path / "run"
     names = {path.name for path in folder.iterdir() if not path.name.startswith("events.out")}
-    assert names == {"config.yaml", "saves", "weights.safetensors"}
+    assert names == {"config.yaml", "saves", "timeline.json", "weights.safetensors"}
     assert [path.name for path in sorted((folder / "saves").iterdir())] == ["step-000000008.pt", "step-000000012.pt"]
     found = read_weights(folder / "weights.safetensors")
     assert "logit_scale" in found

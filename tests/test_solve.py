@@ -130,7 +130,8 @@ def stage_bytes(cells, first, end, k, setting, keep):
     static = 4 * sum(c.parameter_bytes for c in part)
     running = [sum(c.activation_bytes for c in part[: i + 1]) + c.workspace_bytes for i, c in enumerate(part)]
     one = sum(c.activation_bytes for c in part) - part[-1].handed_on_bytes
-    more = max(0, min(keep, flight) - 1)
+    at_once = keep + 1 if schedule == "1f1b" and keep else keep  # kept ones, and those of a forward that drops its own
+    more = max(0, min(at_once, flight) - 1)
     kept_input = entering if part[0].kept_input_bytes is None else min(entering, part[0].kept_input_bytes)
     outputs = 2 * micro_batches * cells[-1].boundary_bytes if schedule == "gpipe" and end == len(cells) else 0
     further = max(0, one + kept_input - entering)
@@ -145,7 +146,11 @@ def stage_bytes(cells, first, end, k, setting, keep):
 def kept(cells, first, end, k, setting):
     """Micro-batches a stage keeps, None if it does not fit."""
     limit, micro_batches = setting["limits"][k], setting["micro_batches"]
-    tries = [setting["keep"][k]] if setting["keep"] else [micro_batches, *range(micro_batches - 1, 0, -1)]
+    tries = (
+        [setting["keep"][k]]
+        if setting["keep"]
+        else [micro_batches, *range(micro_batches - 1, 0 if setting["schedule"] == "gpipe" else -1, -1)]
+    )
     return next((q for q in tries if stage_bytes(cells, first, end, k, setting, q) <= limit), None)
 
 
@@ -261,6 +266,9 @@ def peaks(schedule, stages, sizes, micro_batches):
             graph = spans[k].get(("R", m), spans[k]["F", m])[0]
             end = spans[k]["B", m][1]
             events += [(made, entering), (graph, activations), (end, -entering - activations)]
+            if ("R", m) in spans[k]:  # forward has the activations too, while it runs
+                start, stop = spans[k]["F", m]
+                events += [(start, activations), (stop, -activations)]
         held, most = 0, 0
         for _, change in sorted(events, key=lambda event: (event[0], event[1])):
             held += change

@@ -1,4 +1,4 @@
-"""The command line: ``gpipe train``, ``gpipe eval`` and ``gpipe plan``."""
+"""The command line: ``gpipe train``, ``gpipe simulate``, ``gpipe eval`` and ``gpipe plan``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import gpipe
+from gpipe.training import simulating
 from gpipe.training.build import make_plan
 from gpipe.training.errors import UserError
 from gpipe.training.logs import tell
@@ -22,6 +23,7 @@ from gpipe.training.plan import plan_pipeline
 from gpipe.training.plan_report import as_json, report
 from gpipe.training.reading import read_configuration
 from gpipe.training.scoring import Scores, score
+from gpipe.training.simulating import simulate_pipeline
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -86,6 +88,40 @@ def evaluate_run(
         scores, written = score(folder, batch_size=batch_size, device=device, json_file=json_file)
         console.print(_table(scores))
         tell(console, f"written to {written}")
+
+
+@app.command(name="simulate")
+def simulate_schedules(
+    file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="The configuration.")],
+    schedule: Annotated[
+        list[str] | None, typer.Option(help="A schedule by name. May be repeated.  [default: all there are]")
+    ] = None,
+    stages: Annotated[int | None, typer.Option(min=1, help="Number of stages.  [default: pipeline.stages]")] = None,
+    chunks: Annotated[int | None, typer.Option(min=1, help="Micro-batches.  [default: pipeline.chunks]")] = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(metavar="8xH100|FILE.yaml", help="Devices; costs are then estimated.  [default: measured here]"),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key. May be repeated.")
+    ] = None,
+    print_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Predict a step of what FILE.yaml trains under every schedule, without training."""
+    with _told():
+        errors = Console(stderr=True)
+        simulation = simulate_pipeline(
+            make_plan(read_configuration(file, overrides or []), file),
+            names=schedule or [],
+            stages=stages,
+            chunks=chunks,
+            devices=devices,
+            say=lambda line: tell(errors, line),
+        )
+        if print_json:
+            typer.echo(json.dumps(simulating.as_json(simulation), indent=2, allow_nan=False))
+        else:
+            simulating.report(simulation, Console())
 
 
 @app.command(name="plan")

@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from gpipe.schedules import builder
 from gpipe.training.data import DataConfig
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -42,7 +43,7 @@ class Factory(Section):
 
 
 class PipelineConfig(Section):
-    """How the model is cut and run. Only ``chunks``, ``threads`` and ``deferred_batch_norm`` can change the results.
+    """How the model is cut and run. Stages, balance, devices and checkpoint do not change the results.
 
     Attributes:
         stages: number of stages.
@@ -52,6 +53,10 @@ class PipelineConfig(Section):
         chunks: micro-batches of a mini-batch.
         checkpoint: which micro-batches re-materialise their activations; a number keeps those of the last so
             many, a list of numbers says so for each stage.
+        schedule: in which order the stages work.
+        loss_over: ``micro_batch`` computes the loss of every micro-batch by itself and takes their mean, weighted by
+            rows: the same for a mean over rows, not for a contrastive loss. Schedules that interleave forward and
+            backward need it.
         threads: intra-op threads of each stage on the CPU, and of the main thread.
         deferred_batch_norm: batch-norm statistics once per mini-batch.
     """
@@ -61,8 +66,16 @@ class PipelineConfig(Section):
     devices: list[str] | str | None = None
     chunks: PositiveInt = 1
     checkpoint: Literal["always", "except_last", "never"] | NonNegativeInt | list[NonNegativeInt] = "except_last"
+    schedule: str = "gpipe"
+    loss_over: Literal["mini_batch", "micro_batch"] = "mini_batch"
     threads: PositiveInt = 1
     deferred_batch_norm: bool = False
+
+    @field_validator("schedule")
+    @classmethod
+    def _is_known(cls, schedule: str) -> str:
+        builder(schedule)
+        return schedule
 
     @field_validator("devices")
     @classmethod
@@ -73,6 +86,15 @@ class PipelineConfig(Section):
             except RuntimeError as error:
                 raise ValueError(f"{name!r} is no device of torch, such as 'cpu' or 'cuda:0'") from error
         return devices
+
+    @model_validator(mode="after")
+    def _fit_loss(self) -> Self:
+        if self.loss_over == "mini_batch" and self.schedule not in ("gpipe", "gpipe_zero_bubble"):
+            raise ValueError(
+                f"schedule {self.schedule!r} interleaves forward and backward; it needs loss_over: micro_batch, which "
+                "suits losses that are means over rows"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fit_stages(self) -> Self:

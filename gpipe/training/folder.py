@@ -28,6 +28,7 @@ class RunFolder:
         saves: The folder of the saves.
         weights: ``weights.safetensors``, written at the end.
         scores: ``eval.json``, written by ``gpipe eval``.
+        timeline: ``timeline.json``, who was busy when in the last step; https://ui.perfetto.dev opens it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,6 +37,7 @@ class RunFolder:
         self.saves = path / "saves"
         self.weights = path / "weights.safetensors"
         self.scores = path / "eval.json"
+        self.timeline = path / "timeline.json"
         self._claimed = False
 
     def check(self, configuration: Configuration, source: object, resume: bool) -> Configuration | None:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from gpipe.timeline import Timeline
 from gpipe.training.errors import RunError
 from gpipe.training.trainer import StepResult
 
@@ -94,6 +95,17 @@ class Logs:
                 tell(self._console, self._line(step, result, speed))
         self._progress.update(self._task, completed=step, loss=f"loss {result.loss:.4f}")
 
+    def timeline(self, step: int, timeline: Timeline) -> None:
+        """Keep who was busy when in a step: as a picture in TensorBoard, and as a trace in the folder.
+
+        Args:
+            step: Steps done, this one included.
+            timeline: Of this step.
+        """
+        with self._writing():
+            timeline.to_chrome_trace(self._folder / "timeline.json")
+            self._to_tensorboard().add_figure("timeline", timeline.figure(title=f"step {step}"), step)
+
     def _write(
         self, step: int, result: StepResult, speed: float, busy: Sequence[float], devices: Iterable[torch.device]
     ) -> None:
@@ -101,10 +113,14 @@ class Logs:
         scalars |= {f"busy/stage_{stage}": share for stage, share in enumerate(busy)}
         scalars |= {f"peak_memory_mebibytes/{place}": size / _MEBIBYTE for place, size in peak_memory(devices).items()}
         with self._writing():
-            if self._writer is None:  # not before there is something to write: a failed first step leaves no file
-                self._writer = SummaryWriter(str(self._folder), purge_step=self._start + 1, flush_secs=10)
             for name, value in scalars.items():
-                self._writer.add_scalar(name, value, step)
+                self._to_tensorboard().add_scalar(name, value, step)
+
+    def _to_tensorboard(self) -> SummaryWriter:
+        """Opened when there is something to write: a failed first step leaves no file."""
+        if self._writer is None:
+            self._writer = SummaryWriter(str(self._folder), purge_step=self._start + 1, flush_secs=10)
+        return self._writer
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

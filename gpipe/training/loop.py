@@ -107,6 +107,8 @@ def _run(job: Job, trainer: Trainer, folder: RunFolder, console: Console, resume
             folder.claim(configuration, job.plan.source)  # after a step: what fails at the first leaves no run behind
             logs.after(trainer.step, result, job.pipe.timeline.busy, job.pipe.devices)
             stopped_by = stop.received  # looked at once, for it may change at any moment
+            if trainer.step == training.steps:
+                logs.timeline(trainer.step, job.pipe.timeline)
             if stopped_by or trainer.step % training.save_every == 0 or trainer.step == training.steps:
                 write_save(folder.saves, trainer.save())
                 logs.flush()
@@ -136,4 +138,5 @@ def _report(
     where = shlex.quote(str(folder.path))
     say(f"weights   {folder.weights}")
     say(f"scalars   tensorboard --logdir {where}")
+    say(f"timeline  {folder.timeline} (https://ui.perfetto.dev opens it)")
     say(f"evaluate  gpipe eval {where}")

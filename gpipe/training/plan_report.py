@@ -18,6 +18,7 @@ from gpipe.training.hardware import Device
 from gpipe.training.logs import tell
 from gpipe.training.plan import Planning
 from gpipe.training.plan_refusals import Refusal, summary
+from gpipe.training.plan_schedules import FLUSHES, schedule_seconds
 
 _FASTEST = 5  # rows of the table, besides the best of every number of stages and the configuration's own
 _FILE_WIDTH = 160  # columns of a file or a pipe, which could take any number
@@ -37,6 +38,14 @@ def report(planning: Planning, console: Console) -> None:
         tell(console, "\n".join(["Refused:", *(f"  {line}" for line in lines)]))
     tell(console, f"\nThe best, for the configuration file:\n\n{pipeline_yaml(planning)}")
     tell(console, str(planning.best))
+    tell(console, f"\nSchedules for it, simulated: {_ranked(planning.best)}")
+
+
+def _ranked(partition: Partition) -> str:
+    """What a step of a choice takes under every schedule, fastest first."""
+    seconds = schedule_seconds(partition)
+    needs = {name: "" if name in FLUSHES else " (loss_over: micro_batch)" for name in seconds}
+    return ", ".join(f"{name} {readable_seconds(s)}{needs[name]}" for name, s in seconds.items())
 
 
 def pipeline_yaml(planning: Planning) -> str:
@@ -87,6 +96,7 @@ def as_json(planning: Planning) -> dict[str, Any]:
             }
             for choice in planning.found.choices
         ],
+        "schedules_of_the_best": schedule_seconds(planning.best),
         "refused": [_refusal_json(refusal, planning) for refusal in planning.found.refusals],
     }
 

@@ -90,7 +90,7 @@ def _outcome(
             micro_batches=chunks,
             memory_limit=[device.memory for device in devices],
             static_bytes_per_param=static,
-            links=_links(devices),
+            links=links_between(devices),
             device_speeds=costs.device_speeds[:stages],
             input_bytes=workload.input_bytes(chunks),
         )
@@ -128,8 +128,8 @@ def _near(count: int, rows: int) -> int:
     return min(divisors, key=lambda n: abs(math.log(n / count)), default=count)
 
 
-def _links(devices: Sequence[Device]) -> list[Link] | None:
-    """Between neighbours, each as slow as the slower of its two ends."""
+def links_between(devices: Sequence[Device]) -> list[Link] | None:
+    """Of neighbours, each as slow as the slower of its two ends; None if messages take no time."""
     ends = [device.link for device in devices]
     return [
         Link(max(a.latency, b.latency), min(a.bandwidth, b.bandwidth)) for a, b in pairwise(ends) if a and b

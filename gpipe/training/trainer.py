@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from gpipe.loss import checked_loss
 from gpipe.rng import cell_seed
-from gpipe.training.build import Job, loss_state
+from gpipe.training.build import Job, Loss, loss_state
 from gpipe.training.errors import RunError
 from gpipe.training.optimizer import learning_rate_factor, set_learning_rate
 from gpipe.training.saving import FORMAT, Save
@@ -29,6 +27,28 @@ class NonFiniteError(RunError):
     """The loss or the weights are no longer numbers."""
 
 
+class _CheckedLoss(nn.Module):
+    """The loss, if it gives a loss, and a number."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, outputs: Any, targets: Any) -> Tensor:
+        """As of the loss.
+
+        Raises:
+            RunError: It is no scalar. NonFiniteError: It is no number.
+        """
+        try:
+            loss = checked_loss(self.loss(outputs, targets))
+        except (TypeError, ValueError) as error:
+            raise RunError(f"loss.factory: {error}") from error
+        if not math.isfinite(value := float(loss.item())):
+            raise NonFiniteError(f"the loss is {value}")
+        return loss
+
+
 class Trainer:
     """Trains a job step by step.
 
@@ -40,6 +60,7 @@ class Trainer:
         self.step = 0
         self._job = job
         self._training = job.plan.configuration.training
+        self._loss = _CheckedLoss(job.loss)
         self._clamp = getattr(job.loss, "clamp_", None)
         self._parameters = [p for group in job.optimizer.param_groups for p in group["params"]]
         job.pipe.train()
@@ -57,11 +78,10 @@ class Trainer:
         factor = learning_rate_factor(self._training.schedule, self.step, self._training.steps)
         rate = set_learning_rate(optimizer, factor)
         optimizer.zero_grad(set_to_none=True)
-        loss = self._forward()
-        value = float(loss.item())
-        if not math.isfinite(value):
-            raise NonFiniteError(f"step {self.step + 1}: the loss is {value}")
-        loss.backward()  # type: ignore[no-untyped-call]
+        try:
+            value = self._forward_and_backward()
+        except NonFiniteError as error:
+            raise NonFiniteError(f"step {self.step + 1}: {error}") from None
         if self._training.clip_gradient_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, self._training.clip_gradient_norm)
         optimizer.step()
@@ -70,20 +90,16 @@ class Trainer:
         self.step += 1
         return StepResult(value, rate)
 
-    def _forward(self) -> Tensor:
-        pipe = self._job.pipe
+    def _forward_and_backward(self) -> float:
+        """The gradients of a mini-batch; its loss."""
+        pipe, config = self._job.pipe, self._job.plan.configuration.pipeline
         inputs, targets = self._job.data.batch(self.step, self._training.batch_size)
-        last = pipe.devices[-1]
-        targets = tree_map_only(Tensor, partial(Tensor.to, device=last), targets)
         # Cells draw by (seed, step, micro-batch, cell); the loss draws as if it were one cell more.
         torch.manual_seed(cell_seed(self._training.seed, self.step, 0, len(pipe)))
         low = self._training.precision == "bfloat16"
-        with torch.autocast(last.type, dtype=torch.bfloat16, enabled=low):
-            loss = self._job.loss(pipe(inputs), targets)
-        try:
-            return checked_loss(loss)
-        except (TypeError, ValueError) as error:
-            raise RunError(f"loss.factory: {error}") from error
+        with torch.autocast(pipe.devices[-1].type, dtype=torch.bfloat16, enabled=low):
+            loss = pipe.train_step(inputs, targets, self._loss, config.loss_over, schedule=config.schedule)
+        return float(loss.item())
 
     def save(self) -> Save:
         """All that `load` needs.
