@@ -42,7 +42,15 @@ def record(pipe: GPipe, *, memory: bool = False) -> Iterator[Timeline]:
             and all that it receives, as if each stage had a device of its own. That takes time for every operator, and
             copies of what stages send each other: record seconds without. The model's outputs, put together, belong to
             the last stage; what the loss makes belongs to none.
+
+    Raises:
+        ValueError: Memory is asked for of stages that are not on the CPU.
     """
+    if memory and any(device.type != "cpu" for device in pipe.devices):
+        raise ValueError(
+            f"memory=True counts storages on the CPU, but the stages are on {', '.join(map(str, pipe.devices))}: take "
+            "torch.accelerator.max_memory_allocated(device) there"
+        )
     timeline = Timeline(())
     before, pipe.metered = pipe.recording, memory
     try:

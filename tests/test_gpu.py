@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import gpipe
+from gpipe.partitioning.profile import profile
+from gpipe.partitioning.solve import predict
 
 pytestmark = [
     pytest.mark.gpu,
@@ -102,3 +104,45 @@ def test_memory_is_that_of_one_micro_batch_when_nothing_is_kept():
         return torch.accelerator.max_memory_allocated()
 
     assert peak("always") < 0.6 * peak("never")
+
+
+@pytest.mark.parametrize("schedule", ["gpipe_zero_bubble", "one_f_one_b", "zero_bubble_h1"])
+def test_schedules_give_the_same_bits_for_every_placement(schedule):
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        found = []
+        for devices in placements():
+            module = net()
+            balance = [[3], [1, 2], [1, 1, 1]][len(devices) - 1]
+            pipe = gpipe.GPipe(module, balance, devices=devices, chunks=4, checkpoint="never", seed=3)
+            x = torch.randn(11, 16, 64, generator=torch.Generator().manual_seed(1))
+            pipe.train_step(x, x, nn.functional.mse_loss, "micro_batch", schedule=schedule)
+            found.append({name: p.grad.cpu() for name, p in module.named_parameters()})
+        for other in found[1:]:
+            assert all(torch.equal(found[0][name], other[name]) for name in other)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_profiled_bytes_are_near_the_allocators():
+    module, x = net(0.0), torch.randn(256, 64, 64)
+    costs = profile(module, x, device=accelerator(), chunks=4, repeats=1)
+    predicted = predict(costs, [3], micro_batches=4, keep=4, input_bytes=x.nbytes // 4).bytes[0]
+    pipe = gpipe.GPipe(module, [3], devices=[accelerator()], chunks=4, checkpoint="never")
+    optimizer = torch.optim.Adam(pipe.parameters())
+    for _ in range(2):
+        optimizer.zero_grad()
+        torch.accelerator.reset_peak_memory_stats()
+        before = torch.accelerator.memory_allocated()
+        outputs = pipe(x)
+        outputs.square().mean().backward()
+        optimizer.step()
+    state = 3 * sum(p.nbytes for p in module.parameters())
+    measured = torch.accelerator.max_memory_allocated() - before + state
+    assert predicted == pytest.approx(measured, rel=0.15)
+
+
+def test_bytes_over_time_are_for_the_cpu():
+    pipe = gpipe.GPipe(net(), [1, 2], devices=[accelerator()] * 2)
+    with pytest.raises(ValueError, match="counts storages on the CPU"), gpipe.record(pipe, memory=True):
+        pass
