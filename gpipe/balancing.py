@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from gpipe.microbatch import row_count
 from gpipe.partitioning.partition import Partition
 from gpipe.partitioning.profile import profile
-from gpipe.partitioning.solve import solve
 from gpipe.partitioning.split import split_evenly
+from gpipe.queueing import solve_with_queues
 from gpipe.settings import Checkpoint, check_checkpoint, check_devices, kept_micro_batches
 
 MemoryLimit = int | str | Sequence[int | str]
@@ -90,7 +90,7 @@ def balance_by_measurement(
         costs = profile(module, sample, device=device, chunks=chunks, company=stages - 1)
     rows = row_count(sample)
     size = sum(t.nbytes for t in tree_leaves(sample) if isinstance(t, Tensor))
-    partition = solve(
+    partition = solve_with_queues(
         costs,
         stages,
         micro_batches=micro_batches,

@@ -24,7 +24,7 @@ class StagePlan:
         backward_seconds: One backward, without recompute.
         arrival_seconds: What the input takes from the stage before.
         static_bytes: Parameters, gradients and optimizer state.
-        input_bytes: The inputs that lie on the device.
+        input_bytes: The inputs that lie on the device, and gradients that wait there if they are known.
         output_bytes: The model's outputs and their gradients, on the last stage.
         activation_bytes: What autograd keeps of all micro-batches.
         further_bytes: What keeping one more micro-batch adds.

@@ -1,0 +1,63 @@
+"""Gradients that wait at a stage slower than the next one find room."""
+
+import pytest
+import torch
+from nets import Apply
+from torch import nn
+
+from gpipe import GPipe, record
+from gpipe.partitioning.cost import CellCost
+from gpipe.partitioning.solve import Infeasible, predict, solve
+from gpipe.queueing import solve_with_queues, waiting_bytes
+
+
+def slow_first(boundary=100, input_bytes=0):
+    """A stage that takes four times as long as the next one, with a large output and a small input."""
+    return [CellCost("slow", 4.0, 8.0, 10, boundary, 0), CellCost("fast", 1.0, 2.0, 10, 1, 0)]
+
+
+def test_even_stages_hold_one_gradient_at_a_time():
+    cells = [CellCost(f"c{i}", 1.0, 2.0, 10, 100, 0) for i in range(4)]
+    assert waiting_bytes(predict(cells, [1, 1, 1, 1], micro_batches=8), cells, 0) == [0, 0, 0, 0]
+
+
+def test_they_queue_at_a_slow_stage():
+    cells = slow_first()
+    # recompute and backward take 12 and 3: when the third slow one ends all 8 are there, two gone, one accounted for
+    partition = predict(cells, [1, 1], micro_batches=8, keep=0)
+    assert waiting_bytes(partition, cells, 0) == [5 * 100, 0]
+    # 8 and 2: when the second slow one ends all are there; the first has freed its activations
+    assert waiting_bytes(predict(cells, [1, 1], micro_batches=8), cells, 0)[0] == 6 * 100 - 10
+
+
+def test_a_limit_leaves_room_for_them():
+    cells = slow_first()
+    bare = solve(cells, 2, micro_batches=8, memory_limit=[800, None])
+    assert bare.keep[0] == 8
+    found = solve_with_queues(cells, 2, micro_batches=8, memory_limit=[800, 10**6], keep=None, input_bytes=0)
+    assert found.stages[0].bytes <= 800
+    assert found.stages[0].memory_limit == 800
+    assert found.stages[0].input_bytes > bare.stages[0].input_bytes
+    assert solve_with_queues(cells, 2, micro_batches=8, memory_limit=None, keep=None, input_bytes=0).keep == (8, 8)
+
+
+def test_no_room_says_so():
+    with pytest.raises((Infeasible, ValueError), match="memory"):
+        solve_with_queues(slow_first(), 2, micro_batches=8, memory_limit=[300, 10**6], keep=[0, 0], input_bytes=0)
+
+
+def test_a_pipe_stays_under_its_limit_though_gradients_queue():
+    def slow(x, linear):
+        for _ in range(20):
+            linear(x)
+        return linear(x)
+
+    torch.manual_seed(0)
+    module = nn.Sequential(Apply(slow, nn.Linear(8, 2000)), nn.Linear(2000, 4))
+    x = torch.randn(64, 8)
+    limit = 3_000_000
+    pipe = GPipe(module, devices=["cpu"] * 2, chunks=8, sample=x, memory_limit=limit, checkpoint="auto")
+    with record(pipe, memory=True) as timeline:
+        pipe(x).square().mean().backward()
+    state = 2 * pipe._stages[0].parameter_bytes
+    assert timeline.peak_bytes[0] + state <= limit
