@@ -36,7 +36,7 @@ def bubble(timeline, cost, micro_batches, stages_per_worker=1):
     return timeline.makespan - work
 
 
-# --- closed forms: /work/shared/references/gpipe_paper.yaml, schedule_formulas (p = K, m = M, A = 1)
+# --- published closed forms (p = K, m = M, A = 1)
 
 
 @pytest.mark.parametrize("seconds", SECONDS)
