@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_ALIGNMENT = 64  # bytes; allocators start at multiples of it
+ALIGNMENT = 64  # bytes; allocators start at multiples of it
 
 
 def copied(leaves: Sequence[Any]) -> tuple[Any, ...]:
@@ -18,14 +18,14 @@ def copied(leaves: Sequence[Any]) -> tuple[Any, ...]:
     copies gives the same bits as computing with the originals.
     """
     copies: dict[int, Tensor] = {}
-    for tensors in _by_storage(leaves):
+    for tensors in by_storage(leaves):
         copies.update(zip(map(id, tensors), _copied_window(tensors), strict=True))
     return tuple(copies[id(x)] if id(x) in copies else x.clone() if isinstance(x, Tensor) else x for x in leaves)
 
 
 def overlapping(leaves: Iterable[Any]) -> bool:
     """Whether two tensors of ``leaves`` hold the same element."""
-    return any(_most_holders(tensors) > 1 for tensors in _by_storage(leaves) if len(tensors) > 1)
+    return any(_most_holders(tensors) > 1 for tensors in by_storage(leaves) if len(tensors) > 1)
 
 
 def version(tensor: Tensor) -> int:
@@ -38,7 +38,7 @@ def address(tensor: Tensor) -> int:
     return tensor.data_ptr() if _is_plain(tensor) else 0
 
 
-def _by_storage(leaves: Iterable[Any]) -> list[list[Tensor]]:
+def by_storage(leaves: Iterable[Any]) -> list[list[Tensor]]:
     """The tensors that are plain strided memory, grouped by storage and type."""
     groups: dict[Any, list[Tensor]] = {}
     for leaf in leaves:
@@ -57,7 +57,7 @@ def _is_plain(tensor: Tensor) -> bool:
     )
 
 
-def _window(tensors: Sequence[Tensor]) -> tuple[Tensor, int]:
+def window(tensors: Sequence[Tensor]) -> tuple[Tensor, int]:
     """The tensor of one storage that starts first, and the number of elements from there to the end of the last."""
     first = min(tensors, key=Tensor.storage_offset)
     ends = [t.storage_offset() + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors]
@@ -65,9 +65,9 @@ def _window(tensors: Sequence[Tensor]) -> tuple[Tensor, int]:
 
 
 def _copied_window(tensors: Sequence[Tensor]) -> list[Tensor]:
-    first, size = _window(tensors)
+    first, size = window(tensors)
     start = first.storage_offset()
-    shift = first.data_ptr() % _ALIGNMENT // first.element_size()
+    shift = first.data_ptr() % ALIGNMENT // first.element_size()
     memory = first.new_empty(shift + size)
     memory[shift:].copy_(first.as_strided((size,), (1,), start))
     return [memory.as_strided(t.shape, t.stride(), shift + t.storage_offset() - start) for t in tensors]
@@ -75,7 +75,7 @@ def _copied_window(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _most_holders(tensors: Sequence[Tensor]) -> int:
     """The largest number of tensors that hold one and the same element."""
-    first, size = _window(tensors)
+    first, size = window(tensors)
     elements = torch.arange(size)
     held = [elements.as_strided(t.shape, t.stride(), t.storage_offset() - first.storage_offset()) for t in tensors]
     return int(torch.cat([torch.unique(h) for h in held]).bincount().max())

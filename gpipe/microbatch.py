@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import (
+    keystr,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map_only,
+    tree_unflatten,
+)
 
 
 def row_count(tree: Any) -> int:
@@ -38,6 +46,16 @@ def row_count(tree: Any) -> int:
             f"got {_describe(tree)}"
         )
     return rows
+
+
+def has_rows(tree: Any) -> bool:
+    """Whether a tensor in ``tree`` can be split."""
+    return any(isinstance(leaf, Tensor) and leaf.dim() > 0 for leaf in tree_leaves(tree))
+
+
+def moved(tree: Any, device: torch.device) -> Any:
+    """``tree`` with its tensors on ``device``."""
+    return tree_map_only(Tensor, partial(Tensor.to, device=device), tree)
 
 
 def scatter(tree: Any, chunks: int) -> list[Any]:

@@ -20,6 +20,7 @@ from gpipe.metering import Meters
 from gpipe.recording import Recording
 from gpipe.schedule import Action, Schedule
 from gpipe.stage import Flight, Head, Stage
+from gpipe.tied import Replicas, Tied
 from gpipe.timeline import Span
 from gpipe.transport import CALLER, Direction, ThreadTransport
 from gpipe.worker import Work, Workers, perform
@@ -36,12 +37,14 @@ class Pipeline:
         workers: The threads that perform their actions.
         lock: Held while they do: gradients, and what stages learn, are for one thread of the user at a time.
         parameters: The trainable parameters.
+        tied: Those that several cells use.
     """
 
     stages: Sequence[Stage]
     workers: Workers
     lock: AbstractContextManager[Any]
     parameters: Sequence[Tensor]
+    tied: Sequence[Tied] = ()
 
 
 class MiniBatch:
@@ -87,6 +90,7 @@ class MiniBatch:
         self.recording = Recording(
             [[] for _ in schedule.workers], Meters([s.parameter_bytes for s in pipeline.stages]) if metered else None
         )
+        self._replicas = Replicas(pipeline.tied, [stage.device for stage in pipeline.stages])
         self._found: Found | None = None
         self._spent = False
         self.output_gradients: list[Gradients] = []
@@ -142,6 +146,7 @@ class MiniBatch:
         del gradients, by_leaf
         with collected(self.parameters) as totals, self._found.restored() if self._found else nullcontext():
             self._perform(backward, transport, CallerContext.capture([s.device for s in self._pipeline.stages]))
+            self._replicas.add_up()
         return [transport.receive(0, CALLER, Direction.BACKWARD, m) for m in range(count)], totals
 
     def forward_and_backward(self, inputs: Sequence[Boundary]) -> tuple[Boundary, Finished]:
@@ -154,6 +159,7 @@ class MiniBatch:
             transport.send(CALLER, self._last, Direction.BACKWARD, m, [one])
         with collected(self.parameters) as totals:
             self._perform(self._schedule.workers, transport, self._context.without_autocast())
+            self._replicas.add_up()
         self._commit()
         count = range(len(inputs))
         shares = [transport.receive(self._last, CALLER, Direction.FORWARD, m) for m in count]
@@ -173,7 +179,8 @@ class MiniBatch:
         return ThreadTransport([stage.device for stage in self._pipeline.stages], self.recording.meters)
 
     def _perform(self, actions: Actions, transport: ThreadTransport, backward_modes: CallerContext) -> None:
-        work = Work(self._flights, transport, self._context, backward_modes, self.recording.meters)
+        flights = dict(enumerate(self._flights))
+        work = Work(flights, len(flights), transport, self._context, backward_modes, self.recording.meters)
         jobs = [self._job(work, *worker) for worker in zip(actions, self.recording.spans, strict=True) if worker[0]]
         self._pipeline.workers.run(jobs, transport.abort)
 
@@ -183,6 +190,7 @@ class MiniBatch:
 
         def run() -> None:
             with self._context.applied(hosted[0].device), ExitStack() as guards:
+                guards.enter_context(self._replicas.in_place([stage.index for stage in hosted]))
                 for stage in hosted:
                     guards.enter_context(stage.draws.guard(str(stage)))
                 perform(work, actions, spans)

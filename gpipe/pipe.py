@@ -5,23 +5,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, NoReturn, Self, overload
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gpipe import batchnorm
 from gpipe.autograd import attach
 from gpipe.balancing import MemoryLimit, Plan, balance_by_measurement, balance_by_parameters
 from gpipe.boundary import Boundary
-from gpipe.cells import refuse_sharing, registries
+from gpipe.cells import registries
 from gpipe.choosing import AnySchedule, chosen
 from gpipe.context import autocast_off, refuse_transforms
 from gpipe.loss import LossFunction, MicroBatchLoss, checked_loss
-from gpipe.microbatch import gather, row_count, scatter, split_sizes
+from gpipe.microbatch import gather, has_rows, moved, row_count, scatter, split_sizes
 from gpipe.minibatch import MiniBatch, Pipeline
 from gpipe.partitioning.cells import cells_of
 from gpipe.recording import Recording
@@ -35,6 +33,7 @@ from gpipe.settings import (
     kept_micro_batches,
 )
 from gpipe.stage import Head, Stage
+from gpipe.tied import tied_parameters
 from gpipe.timeline import Timeline
 from gpipe.worker import Workers
 
@@ -179,7 +178,7 @@ class GPipe(nn.Module):
     ) -> Tensor:
         with self._lock:
             parts = self._scattered(inputs)
-            aims = scatter(self._on_last(targets), len(parts)) if _has_rows(targets) else [targets] * len(parts)
+            aims = scatter(self._on_last(targets), len(parts)) if has_rows(targets) else [targets] * len(parts)
             head = MicroBatchLoss(loss_fn, aims, split_sizes(rows, self.chunks))
             batch = self._mini_batch(len(parts), schedule, head)
             summed, done = batch.forward_and_backward([Boundary.of(part) for part in parts])
@@ -261,7 +260,7 @@ class GPipe(nn.Module):
         return f"balance={self.balance}, devices={devices}, chunks={self.chunks}, checkpoint={self.checkpoint!r}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("_stages", "_workers", "_lock", "recording")}
+        return {k: v for k, v in vars(self).items() if k not in ("_stages", "_workers", "_lock", "_tied", "recording")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -272,7 +271,7 @@ class GPipe(nn.Module):
         self._cells = cells
         ends = [sum(self.balance[:k]) for k in range(len(self.balance) + 1)]
         groups = [cells[left:right] for left, right in pairwise(ends)]
-        refuse_sharing(groups)
+        self._tied = tied_parameters(groups)
         for group, device in zip(groups, self.devices, strict=True):
             for _, cell in group:
                 cell.to(device)
@@ -298,7 +297,7 @@ class GPipe(nn.Module):
         parameters = {id(p): p for m in modules for p in m.parameters() if p.requires_grad}
         refuse_transforms(parameters.values() if torch.is_grad_enabled() else ())
         batch = MiniBatch(
-            Pipeline(self._stages, self._workers, self._lock, list(parameters.values())),
+            Pipeline(self._stages, self._workers, self._lock, list(parameters.values()), self._tied),
             chosen(schedule, len(self._stages), micro_batches, keep),
             seed=self.seed,
             step=self.step,
@@ -310,13 +309,13 @@ class GPipe(nn.Module):
         return batch
 
     def _scattered(self, inputs: Any) -> list[Any]:
-        return scatter(_moved(inputs, self.devices[0]), self.chunks)
+        return scatter(moved(inputs, self.devices[0]), self.chunks)
 
     def _on_last(self, targets: Any) -> Any:
-        return _moved(targets, self.devices[-1]) if self.devices else targets
+        return moved(targets, self.devices[-1]) if self.devices else targets
 
     def _check_targets(self, targets: Any, rows: int) -> None:
-        if _has_rows(targets) and (given := row_count(targets)) != rows:
+        if has_rows(targets) and (given := row_count(targets)) != rows:
             raise ValueError(f"inputs have {rows} rows, targets have {given}: give one target per row")
 
     def _planned(
@@ -347,11 +346,3 @@ class GPipe(nn.Module):
             checkpoint=checkpoint,
             memory_limit=memory_limit,
         )
-
-
-def _moved(tree: Any, device: torch.device) -> Any:
-    return tree_map_only(Tensor, partial(Tensor.to, device=device), tree)
-
-
-def _has_rows(tree: Any) -> bool:
-    return any(isinstance(leaf, Tensor) and leaf.dim() > 0 for leaf in tree_leaves(tree))

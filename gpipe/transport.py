@@ -49,7 +49,7 @@ class Transport(Protocol):
         """Wake everyone who waits."""
 
 
-class _Channel:
+class Channel:
     """Messages from one thread to one other, taken by micro-batch."""
 
     def __init__(self) -> None:
@@ -57,9 +57,11 @@ class _Channel:
         self._early: dict[int, Any] = {}
 
     def put(self, micro_batch: int, message: Any) -> None:
+        """Hand a message over."""
         self._queue.put((micro_batch, message))
 
     def take(self, micro_batch: int) -> Any:
+        """Wait for a micro-batch's message; raises ``Aborted`` once the channel is closed."""
         while micro_batch not in self._early:
             item = self._queue.get()
             if item is None:
@@ -68,6 +70,7 @@ class _Channel:
         return self._early.pop(micro_batch)
 
     def close(self) -> None:
+        """Wake the one who waits."""
         self._queue.put(None)
 
 
@@ -89,8 +92,8 @@ class ThreadTransport:
         last = len(devices) - 1
         pairs = [(CALLER, 0), *((k, k + 1) for k in range(last)), (last, CALLER)]
         self._channels = {
-            **{(a, b, Direction.FORWARD): _Channel() for a, b in pairs},
-            **{(b, a, Direction.BACKWARD): _Channel() for a, b in pairs},
+            **{(a, b, Direction.FORWARD): Channel() for a, b in pairs},
+            **{(b, a, Direction.BACKWARD): Channel() for a, b in pairs},
         }
 
     def send(self, source: int, target: int, direction: Direction, micro_batch: int, message: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -27,14 +27,16 @@ class Work:
     """What the workers share while they perform one half, or all, of a mini-batch's schedule.
 
     Attributes:
-        flights: The mini-batch's record on every stage.
+        flights: The mini-batch's record on every stage they host, by the stage's index.
+        stages: How many stages the whole pipeline has.
         transport: Connects the stages.
         forward_modes: The caller's autocast for forward and recompute.
         backward_modes: The caller's autocast for backward.
         meters: Count what the stages hold.
     """
 
-    flights: Sequence[Flight]
+    flights: Mapping[int, Flight]
+    stages: int
     transport: Transport
     forward_modes: CallerContext
     backward_modes: CallerContext
@@ -73,7 +75,7 @@ def perform(work: Work, actions: Sequence[Action], spans: list[Span]) -> None:
 
 def _act(work: Work, action: Action, spans: list[Span]) -> None:
     k, kind, m = action
-    before, after = k - 1 if k else CALLER, k + 1 if k + 1 < len(work.flights) else CALLER
+    before, after = k - 1 if k else CALLER, k + 1 if k + 1 < work.stages else CALLER
     direction = _DIRECTION.get(kind)
     source, target = (before, after) if direction == Direction.FORWARD else (after, before)
     message = None if direction is None else work.transport.receive(source, k, direction, m)

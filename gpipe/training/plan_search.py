@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from gpipe.cells import refuse_sharing
 from gpipe.partitioning.infeasible import Infeasible
 from gpipe.partitioning.partition import Partition
 from gpipe.partitioning.problem import Link
 from gpipe.partitioning.solve import solve
+from gpipe.tied import tied_parameters
 from gpipe.training.config import PipelineConfig
 from gpipe.training.hardware import Device
 from gpipe.training.plan_costs import Costs, CostSource
@@ -95,10 +95,10 @@ def _outcome(
             input_bytes=workload.input_bytes(chunks),
         )
         ends = list(accumulate(partition.balance, initial=0))
-        refuse_sharing([workload.cells[first:end] for first, end in pairwise(ends)])
+        tied_parameters([workload.cells[first:end] for first, end in pairwise(ends)])
     except Infeasible as error:
         return lacking_memory(stages, chunks, error)
-    except ValueError as error:  # parameters that two stages of the fastest division share
+    except ValueError as error:  # modules that two stages of the fastest division share
         return Refusal(stages, chunks, str(error))
     return partition
 
