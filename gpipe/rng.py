@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from torch._C import _pop_torch_dispatch_stack, _push_on_torch_dispatch_stack
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from gpipe.partitioning.mode import ThreadMode
 
 _MASK = (1 << 64) - 1
 
@@ -48,7 +48,7 @@ def _mix(z: int) -> int:
 Brought = dict[Generator, Tensor]  # generators of a cell's own, and their states before its forward drew from them
 
 
-class CellGenerators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class CellGenerators(ThreadMode):
     """Hands every random operator of this thread a generator seeded for the cell that runs."""
 
     supports_higher_order_operators = True
@@ -64,15 +64,6 @@ class CellGenerators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._met: Brought = {}
         self._again = False
         self._recording = False
-
-    def __enter__(self) -> Self:
-        # Not as inherited: that keeps flags of the process, which threads leaving in another order than they came
-        # would leave set for ever, and torch.compile would silently do nothing from then on.
-        _push_on_torch_dispatch_stack(self)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        _pop_torch_dispatch_stack(None)
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:

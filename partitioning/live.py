@@ -10,11 +10,12 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gpipe.partitioning.mode import ThreadMode
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+
+class LiveBytes(ThreadMode):
     """Bytes of the storages that operators made inside and that still exist; enter it to count.
 
     Each storage counts once, from the operator that made it until it is freed, wherever that happens. What an operator

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 from gpipe import cell_seed
+from gpipe.partitioning.live import LiveBytes
 from gpipe.rng import CellGenerators, Draws
 
 KEEPS = ("always", "except_last", "never")
@@ -280,8 +281,9 @@ def test_torchs_own_checkpoint_without_draws(reentrant):
 
 # Entered and left by several threads in turn, torch's own bookkeeping of modes said for ever that one was on, and
 # torch.compile did nothing any more.
-def test_modes_of_several_threads_leave_no_trace():
-    first, second = CellGenerators(None), CellGenerators(None)
+@pytest.mark.parametrize("make", [lambda: CellGenerators(None), LiveBytes])
+def test_modes_of_several_threads_leave_no_trace(make):
+    first, second = make(), make()
     entered, left = threading.Event(), threading.Event()
 
     def other():
