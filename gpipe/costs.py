@@ -29,6 +29,7 @@ class StageCost:
         activation_bytes: What autograd keeps from F (or R) to B (or W), the stage's input left out.
         boundary_bytes: The stage's output; its gradient is as large.
         parameter_bytes: Of all the stage's parameters.
+        workspace_bytes: What comes and goes while an action runs.
 
     Raises:
         TypeError, ValueError: A field is no number, negative, or not finite; bytes are no whole number.
@@ -40,6 +41,7 @@ class StageCost:
     activation_bytes: int = 0
     boundary_bytes: int = 0
     parameter_bytes: int = 0
+    workspace_bytes: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -55,13 +57,17 @@ class StageCost:
             weight_share: The part of a backward that the weights' gradients take, 0 to 1; half in large products.
         """
         backward = sum(cell.backward_seconds for cell in cells)
+        activations = sum(cell.activation_bytes for cell in cells) - cells[-1].handed_on_bytes
+        so_far = accumulate(cell.activation_bytes for cell in cells)
+        running = max(before + cell.workspace_bytes for before, cell in zip(so_far, cells, strict=True))
         return cls(
             forward_seconds=sum(cell.forward_seconds for cell in cells),
             input_gradient_seconds=backward * (1 - weight_share),
             weight_gradient_seconds=backward * weight_share,
-            activation_bytes=sum(cell.activation_bytes for cell in cells) - cells[-1].handed_on_bytes,
+            activation_bytes=activations,
             boundary_bytes=cells[-1].boundary_bytes,
             parameter_bytes=sum(cell.parameter_bytes for cell in cells),
+            workspace_bytes=max(0, running - activations),
         )
 
 

@@ -46,10 +46,11 @@ def simulate(
     arrives latency later. Each two neighbouring stages have a link of their own, and each direction is independent;
     stages on the same worker hand over at no cost. Links do not slow computation down.
 
-    A stage holds all the time ``static_bytes_per_param`` times its parameters; the input of a micro-batch from its
-    arrival until its B or I has ended (the first stage all of them from time 0); activations from the start of F, or of
-    R where the micro-batch is recomputed, until B or W has ended; those of a forward that drops them while it runs; and
-    the gradient of its output from its arrival until B or I starts.
+    A stage holds ``static_bytes_per_param`` times its parameters, of which the gradients from the end of its first B or
+    I on, as after ``zero_grad()``; the input of a micro-batch from its arrival until its B or I has ended (the first
+    stage all of them from time 0); activations from the start of F, or of R where the micro-batch is recomputed, until
+    B or W has ended; those of a forward that drops them while it runs; the gradient of its output from its arrival
+    until B or I starts; and its workspace while it runs an action.
 
     Args:
         schedule: What the workers do.
@@ -190,13 +191,21 @@ def _flush(order: Order, run: _Run, all_reduce: float, optimizer: float) -> tupl
 
 def _memory(order: Order, run: _Run, costs: Sequence[StageCost], input_bytes: int, factor: float) -> tuple[Memory, ...]:
     entering = [input_bytes, *(cost.boundary_bytes for cost in costs)]
-    return tuple(
-        Memory.of_changes(
-            math.ceil(factor * cost.parameter_bytes),
-            [hold for hold in _holds(order, run, k, entering[k], cost, k + 1 == len(costs)) if hold[2]],
-        )
-        for k, cost in enumerate(costs)
-    )
+    gradients = min(max(factor - 1, 0.0), 1.0)  # of the factor, the part that is there only once they are made
+    memory = []
+    for k, cost in enumerate(costs):
+        made = math.floor(gradients * cost.parameter_bytes)
+        holds = _holds(order, run, k, entering[k], cost, k + 1 == len(costs))
+        static = math.ceil(factor * cost.parameter_bytes) - made
+        kept = [(_first_backward(order, run, k), made)]
+        memory.append(Memory.of_changes(static, [hold for hold in holds if hold[2]], kept))
+    return tuple(memory)
+
+
+def _first_backward(order: Order, run: _Run, k: int) -> float:
+    """When the first backward of a stage, or the first part of one, has ended."""
+    at = order.at[[B, I], k]
+    return float(run.end[at[at != NEVER]].min())
 
 
 def _holds(
@@ -214,6 +223,9 @@ def _holds(
         (run.start[np.where(dropped, at[R], at[F])], done, cost.activation_bytes),
         (run.start[again], run.end[again], cost.activation_bytes),
     ]
+    if cost.workspace_bytes:
+        own = order.actions.stage == k
+        holds.append((run.start[own], run.end[own], cost.workspace_bytes))
     if not last:
         holds.append((run.arrived[order.other[backward]], run.start[backward], cost.boundary_bytes))
     return holds

@@ -144,16 +144,20 @@ class Memory(Rows[Level]):
         super().__init__(np.asarray(times, dtype=np.float64), np.asarray(bytes, dtype=np.int64))
 
     @classmethod
-    def of_changes(cls, static: int, holds: Sequence[tuple[Floats, Floats, int]]) -> Memory:
+    def of_changes(
+        cls, static: int, holds: Sequence[tuple[Floats, Floats, int]], kept: Sequence[tuple[float, int]] = ()
+    ) -> Memory:
         """What is held, from times at which something begins and ceases to be.
 
         Args:
             static: Bytes held from time 0 to the end.
             holds: Arrays of times from which, and until which, and the bytes of each. What ends where another begins
                 is never held together with it; times that rounding alone tells apart are the same.
+            kept: Times from which something is held to the end, and the bytes of each.
         """
-        times = np.concatenate([np.zeros(1), *(part for begin, end, _ in holds for part in (begin, end))])
-        changes = [np.full(1, static)]
+        begins = [np.zeros(1), *(np.array([time]) for time, _ in kept)]
+        times = np.concatenate([*begins, *(part for begin, end, _ in holds for part in (begin, end))])
+        changes = [np.full(1, static), *(np.full(1, size) for _, size in kept)]
         for begin, _, size in holds:
             changes += [np.full(len(begin), size), np.full(len(begin), -size)]
         order = np.argsort(times)

@@ -147,9 +147,13 @@ def longest_path(schedule, costs, links):
 
 
 def held(schedule, costs, times, arrived, k, input_bytes):
-    """The most bytes of a stage, parameters left out: looked at just after every moment at which something begins."""
-    cost, holds = costs[k], []
+    """The most bytes of a stage: looked at just after every moment at which something begins."""
+    cost = costs[k]
+    holds = [(0.0, math.inf, cost.parameter_bytes)]
     kinds = {(a.kind, a.micro_batch): times[a] for w in schedule.workers for a in w if a.stage == k}
+    made = min(end for (kind, _), (_, end) in kinds.items() if kind in "BI")
+    holds.append((made, math.inf, cost.parameter_bytes))  # gradients
+    holds += [(*span, cost.workspace_bytes) for span in kinds.values()]
     for m in range(schedule.micro_batches):
         backward = kinds.get(("B", m)) or kinds[("I", m)]
         done = (kinds.get(("B", m)) or kinds[("W", m)])[1]
@@ -164,7 +168,7 @@ def held(schedule, costs, times, arrived, k, input_bytes):
 
 
 whole = st.integers(0, 5)
-stage_cost = st.builds(StageCost, whole, whole, whole, whole, st.sampled_from([0, 1, 2, 4, 8]), whole)
+stage_cost = st.builds(StageCost, whole, whole, whole, whole, st.sampled_from([0, 1, 2, 4, 8]), whole, whole)
 
 
 @given(legal_schedules(), st.data())
@@ -178,9 +182,7 @@ def test_against_the_longest_path(schedule, data):
     assert {s.action: (s.start, s.end) for spans in found.workers for s in spans} == times
     sent = {(t.source, "F" if t.direction == "forward" else "B", t.micro_batch): t.end for t in found.transfers}
     assert sent.items() <= arrived.items()
-    peaks = tuple(
-        2 * costs[k].parameter_bytes + held(schedule, costs, times, arrived, k, 7) for k in range(schedule.stages)
-    )
+    peaks = tuple(held(schedule, costs, times, arrived, k, 7) for k in range(schedule.stages))
     assert found.peak_bytes == peaks
     assert max(m.peak for m in found.worker_memory) >= max(peaks)
 
@@ -251,8 +253,8 @@ def test_memory_over_time():
     cost = StageCost(2, 1, 1, activation_bytes=10, boundary_bytes=3, parameter_bytes=5)
     found = simulate(with_recompute(gpipe(2, 2), 1), cost, input_bytes=1, static_bytes_per_param=1.5)
     assert list(found.memory[0]) == [
-        (0, 8 + 2 + 10),  # parameters rounded up, both inputs; the first forward drops activations, the second keeps
-        (10, 8 + 1 + 10),  # whose backward has ended; the recompute begins
+        (0, 6 + 2 + 10),  # parameters rounded up, both inputs; the first forward drops activations, the second keeps
+        (10, 8 + 1 + 10),  # whose backward has ended and made gradients; the recompute begins
         (14, 8),
     ]
 

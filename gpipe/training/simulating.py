@@ -152,6 +152,7 @@ def _stage_costs(costs: Costs, partition: Partition) -> list[StageCost]:
             cost.activation_bytes,
             cost.boundary_bytes,
             cost.parameter_bytes,
+            cost.workspace_bytes,
         )
         for cost, speed in zip(scaled, costs.device_speeds, strict=False)
     ]
