@@ -1,5 +1,6 @@
 """Pipeline-parallel training, exact to the bit."""
 
+from gpipe.distributed import DistributedGPipe
 from gpipe.phase import is_checkpointing, is_recomputing
 from gpipe.pipe import GPipe
 from gpipe.recording import record
@@ -10,6 +11,7 @@ from gpipe.timeline import Span, Timeline
 
 __all__ = [
     "Action",
+    "DistributedGPipe",
     "GPipe",
     "Kind",
     "Schedule",

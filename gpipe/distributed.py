@@ -1,0 +1,337 @@
+"""DistributedGPipe: a pipeline whose stages are the ranks of a torch.distributed world."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import Any, Literal, NoReturn, Self
+
+import torch
+from torch import Tensor, nn
+
+from gpipe.boundary import Boundary
+from gpipe.cells import registries
+from gpipe.choosing import AnySchedule, chosen
+from gpipe.context import autocast_off, refuse_transforms
+from gpipe.error_board import ErrorBoard, Failure
+from gpipe.group_transport import GroupTransport, Wires
+from gpipe.joining import Settings, join
+from gpipe.line import Line
+from gpipe.loss import LossFunction, MicroBatchLoss, checked_loss
+from gpipe.microbatch import gather, has_rows, moved, row_count, scatter, split_sizes
+from gpipe.minibatch import Finished
+from gpipe.rank_batch import RankBatch, deliver, gradients_of, outputs_with_graph, trainable
+from gpipe.recording import Recording
+from gpipe.routes import ConnectionLost
+from gpipe.schedule import Schedule
+from gpipe.settings import Checkpoint, kept_micro_batches
+from gpipe.slicing import Factory
+from gpipe.timeline import Timeline
+from gpipe.transport import Aborted
+
+_pipes = count()  # of this process; ranks make their pipes in the same order
+
+
+class DistributedGPipe(nn.Module):
+    """Trains a sequence of cells as a pipeline over processes: stage k on rank k of a torch.distributed world.
+
+    Made and called on every rank alike. A rank keeps its own stages' cells only: ``parameters()`` and ``state_dict()``
+    are those of its slice, under the wrapped module's own names. With the same seed and the same number of intra-op
+    threads the weights after n steps equal those of ``GPipe`` to the last bit.
+
+    ``torch.distributed.init_process_group()`` comes first; messages go over gloo.
+
+    Args:
+        module: As for ``GPipe``: it is taken over, and other ranks' parameters are removed from it. Or a callable
+            without arguments that makes it: it is called on the meta device, and the own slice alone gets memory and
+            initial values, every cell from a seed of its own (``gpipe.slicing.initialised`` makes the same as a whole).
+        balance: Number of cells of every stage. None divides by parameter count.
+        chunks: Number of micro-batches M; a mini-batch of fewer rows is split into its rows.
+        loss_fn: ``loss_fn(outputs, targets)`` gives one number, on the last stage's rank. A module's parameters are
+            among that rank's ``parameters()``, as ``loss_fn.*``.
+        mesh: Not supported yet: leave it out.
+        schedule: A name of ``gpipe.schedules.BUILDERS``, such a builder, or a ready ``Schedule``. Worker w is rank w.
+        loss_over: ``"mini_batch"`` calls the loss once on all outputs; ``"micro_batch"`` on every micro-batch, the
+            results weighted by rows, which schedules that interleave forward and backward need.
+        checkpoint: Which micro-batches keep their activations; as for ``GPipe``.
+        seed: Base seed of random draws and of a factory's weights. None takes one from rank 0's default generator.
+        device: Where this rank's stages live. None takes the accelerator of this process's ``LOCAL_RANK``, or the CPU.
+
+    Raises:
+        RuntimeError: There is no process group.
+        TypeError, ValueError: An argument is not what is described here, does not fit the world, or differs between
+            ranks; raised on every rank.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module | Factory,
+        balance: Iterable[int] | None = None,
+        *,
+        chunks: int,
+        loss_fn: LossFunction,
+        mesh: None = None,
+        schedule: AnySchedule = "gpipe",
+        loss_over: Literal["mini_batch", "micro_batch"] = "mini_batch",
+        checkpoint: Checkpoint = "except_last",
+        seed: int | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        settings = Settings(balance, chunks, loss_fn, mesh, schedule, loss_over, checkpoint, seed, device)
+        joined = join(module, settings, number=next(_pipes))
+        self.balance, self.chunks, self.checkpoint, self.seed = joined.balance, chunks, joined.checkpoint, joined.seed
+        self.device, self.schedule, self.loss_over = joined.share.device, schedule, loss_over
+        self.step = 0
+        self.recording = Recording()
+        vars(self).update(registries(joined.module), module=joined.module)
+        vars(self)["loss_fn"] = loss_fn if joined.share.is_last else None  # no child: state_dict() is the module's
+        self._cells, self._share, self._names = joined.cells, joined.share, joined.names
+        self._wires, self._board = joined.wires, joined.board
+        self._failure: Failure | None = None
+        weakref.finalize(self, _close, self._wires, self._board)
+
+    def train_step(self, inputs: Any = None, targets: Any = None) -> Tensor:
+        """Forward, loss and backward; gradients are added to ``parameter.grad``. Called on every rank.
+
+        Args:
+            inputs: What the first cell takes, any pytree with a tensor (rows, ...); used on the first stage's rank.
+            targets: Any pytree but None, for ``loss_fn``; used on the last stage's rank.
+
+        Returns:
+            The loss, without graph, on every rank.
+
+        Raises:
+            RuntimeError: Another rank failed; the message says which, where and why. Or the pipe is broken by an
+                earlier failure.
+            BaseException: What a cell of this rank raised, with a note naming stage, cell, micro-batch and action.
+        """
+        with self._running() as transport:
+            if not torch.is_grad_enabled():
+                raise RuntimeError(
+                    "train_step computes gradients: call it outside torch.no_grad() and inference_mode()"
+                )
+            if self._share.is_last and targets is None:
+                raise ValueError(
+                    f"rank {self._share.rank} hosts the last stage and was given no targets: give them to train_step "
+                    "there, or () if loss_fn takes none"
+                )
+            line = Line(self._share, transport)
+            rows = self._started(line, "train_step", inputs)
+            own = self._mini_batch_step if self.loss_over == "mini_batch" else self._micro_batch_step
+            if self._share.is_last:
+                self._check_targets(targets, rows)
+            parts = self._parts(inputs)
+            mine, done = own(transport, parts, targets, rows)
+            loss = line.all_done(mine).to(self.device)
+            transport.flush()
+            deliver(done, parts)
+            self.step += self.training
+        return loss
+
+    def forward(self, inputs: Any = None) -> Any:
+        """Run a mini-batch forward without graph, in the cells' present mode. Called on every rank.
+
+        Args:
+            inputs: As for ``train_step``.
+
+        Returns:
+            What the last cell returns, the micro-batches' tensors concatenated, on the last stage's rank; elsewhere
+            None.
+
+        Raises:
+            RuntimeError, BaseException: As ``train_step``.
+        """
+        with self._running() as transport, torch.no_grad():
+            rows = self._started(Line(self._share, transport), "forward", inputs)
+            batch = self._batch(transport, rows, None, [])
+            outputs = batch.forward([Boundary.of(part) for part in self._parts(inputs)])
+            self.step += self.training
+            transport.flush()
+            return None if outputs is None else gather([output.tree() for output in outputs])
+
+    def eval_step(self, inputs: Any = None) -> Any:
+        """The same as ``forward``; call ``eval()`` before, as with any module."""
+        return self(inputs)
+
+    @property
+    def timeline(self) -> Timeline:
+        """When this rank did what in the latest mini-batch."""
+        return self.recording.timeline()
+
+    def _mini_batch_step(
+        self, transport: GroupTransport, parts: list[Any], targets: Any, rows: int
+    ) -> tuple[Tensor | None, Finished]:
+        batch = self._batch(transport, rows, None, trainable(self._slice))
+        outputs = batch.forward([Boundary.of(part) for part in parts])
+        if outputs is None:
+            return None, batch.backward(())
+        trees, collector = outputs_with_graph(outputs)
+        loss = checked_loss(vars(self)["loss_fn"](gather(trees), moved(targets, self.device)))
+        with autocast_off():
+            loss.backward()  # type: ignore[no-untyped-call]
+        del trees
+        return loss.detach(), batch.backward(gradients_of(collector, outputs))
+
+    def _micro_batch_step(
+        self, transport: GroupTransport, parts: list[Any], targets: Any, rows: int
+    ) -> tuple[Tensor | None, Finished]:
+        head = self._head(targets, rows) if self._share.is_last else None
+        modules = [self._slice] if head is None or head.module is None else [self._slice, head.module]
+        batch = self._batch(transport, rows, head, trainable(*modules))
+        shares, done = batch.forward_and_backward([Boundary.of(part) for part in parts])
+        return None if shares is None else torch.stack([share.leaves[0] for share in shares]).sum(), done
+
+    def _head(self, targets: Any, rows: int) -> MicroBatchLoss:
+        sizes, there = split_sizes(rows, self.chunks), moved(targets, self.device)
+        aims = scatter(there, self.chunks) if has_rows(there) else [there] * len(sizes)
+        return MicroBatchLoss(vars(self)["loss_fn"], aims, sizes)
+
+    @contextmanager
+    def _running(self) -> Iterator[GroupTransport]:
+        """A step inside: what fails in it ends it on every rank."""
+        if self._failure is not None:
+            raise RuntimeError(
+                f"this pipe is broken: {self._failure}. Ranks are no longer in step: end all of them and start again "
+                "from the last save, or make a new pipe on every rank"
+            )
+        transport = GroupTransport(self._wires)
+        try:
+            with self._board.watched(transport.abort):
+                yield transport
+        except (Aborted, ConnectionLost) as error:
+            transport.abort()
+            self._fail_after(transport.loss or error)
+        except BaseException as error:
+            transport.abort()
+            self._failure = Failure.of(error, self._share.rank, self.step)
+            self._board.post(self._failure)
+            raise
+
+    def _fail_after(self, error: BaseException) -> NoReturn:
+        """Raise for a failure elsewhere: the one posted, or, of a rank that died without a word, its loss."""
+        failure = self._board.read(patient=True)
+        if failure is None:
+            lost = RuntimeError("the store of the process group was lost") if isinstance(error, Aborted) else error
+            failure = Failure.of(lost, self._share.rank, self.step)
+            self._board.post(failure)
+        self._failure = failure
+        raise RuntimeError(f"{failure}; the step was ended on rank {self._share.rank} too") from None
+
+    def _rows(self, inputs: Any) -> int | None:
+        if not self._share.is_first:
+            return None
+        if inputs is None:
+            raise ValueError(
+                f"rank {self._share.rank} hosts the first stage and was given no inputs: give them to it, at least"
+            )
+        return row_count(inputs)
+
+    def _started(self, line: Line, call: str, inputs: Any) -> int:
+        return line.start(call, "training" if self.training else "eval", self.step, self._rows(inputs))
+
+    @property
+    def _slice(self) -> nn.Module:
+        return vars(self)["module"]  # type: ignore[no-any-return]
+
+    def _parts(self, inputs: Any) -> list[Any]:
+        return scatter(moved(inputs, self.device), self.chunks) if self._share.is_first else []
+
+    def _batch(
+        self, transport: GroupTransport, rows: int, head: MicroBatchLoss | None, parameters: list[Tensor]
+    ) -> RankBatch:
+        stages, micro_batches = len(self._share.hosts), len(split_sizes(rows, self.chunks))
+        keep = kept_micro_batches(self.checkpoint, stages, micro_batches)
+        if not torch.is_grad_enabled():
+            keep = (micro_batches,) * stages
+        refuse_transforms(parameters)
+        schedule: Schedule = chosen(self.schedule, stages, micro_batches, keep)
+        batch = RankBatch(
+            self._share, schedule, transport, seed=self.seed, step=self.step, head=head, parameters=parameters
+        )
+        self.recording = batch.recording
+        return batch
+
+    def _check_targets(self, targets: Any, rows: int) -> None:
+        if has_rows(targets) and (given := row_count(targets)) != rows:
+            raise ValueError(f"inputs have {rows} rows, targets have {given}: give one target per row")
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those of this rank's slice, and on the last stage's rank the loss's as ``loss_fn.*``."""
+        seen: set[nn.Parameter] = set()
+        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+            seen.add(parameter)
+            yield name, parameter
+        loss = vars(self)["loss_fn"]
+        if isinstance(loss, nn.Module) and recurse:
+            inner = f"{prefix}.loss_fn" if prefix else "loss_fn"
+            for name, parameter in loss.named_parameters(inner, recurse, remove_duplicate):
+                if parameter not in seen:
+                    yield name, parameter
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode on this rank's cells and, where it is, the loss."""
+        super().train(mode)
+        self._slice.training = mode
+        for _, cell in self._cells:
+            cell.train(mode)
+        if isinstance(vars(self)["loss_fn"], nn.Module):
+            vars(self)["loss_fn"].train(mode)
+        return self
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load this rank's part of a state, which may be the whole module's: other ranks' keys are passed over.
+
+        Args:
+            state_dict: Tensors by the module's own names.
+            strict: Refuse keys that are missing here, or that the module has not.
+            assign: Must be False: values are copied into the parameters there are.
+
+        Raises:
+            ValueError: ``assign`` is True. RuntimeError: As ``nn.Module.load_state_dict``.
+        """
+        if assign:
+            raise ValueError("assign=True would replace parameters that the stages hold: leave it out")
+        own = set(self.state_dict())
+        mine = {key: value for key, value in state_dict.items() if key in own or key not in self._names}
+        return super().load_state_dict(mine, strict)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._slice._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._slice._load_from_state_dict(*args, **kwargs)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Cast the parameters; refuses to move them."""
+        if torch._C._nn._parse_to(*args, **kwargs)[0] is not None:
+            self._refuse_move()
+        return super().to(*args, **kwargs)
+
+    def cuda(self, device: Any = None) -> NoReturn:
+        """Refused: a rank's stages stay on its device."""
+        self._refuse_move()
+
+    def cpu(self) -> NoReturn:
+        """Refused: a rank's stages stay on its device."""
+        self._refuse_move()
+
+    def _refuse_move(self) -> NoReturn:
+        raise TypeError(f"a rank's stages stay on its device, {self.device}: give device= when wrapping")
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError("a DistributedGPipe is tied to its process and cannot be pickled: save state_dict()")
+
+    def extra_repr(self) -> str:
+        """Rank, own stages, balance and chunks, for ``repr``."""
+        stages = ", ".join(map(str, self._share.stages.values()))
+        return f"rank={self._share.rank}, {stages}, balance={self.balance}, chunks={self.chunks}"
+
+
+def _close(wires: Wires, board: ErrorBoard) -> None:
+    wires.close()
+    board.close()

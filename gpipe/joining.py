@@ -1,0 +1,264 @@
+"""How a rank joins a distributed pipeline: arguments checked and compared, its slice taken, its routes made."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from gpipe.agreement import Facts, agree
+from gpipe.cells import refuse_sharing
+from gpipe.choosing import AnySchedule, chosen
+from gpipe.deferred import Recorded, recorded
+from gpipe.error_board import ErrorBoard
+from gpipe.group_transport import Key, Lane, Wires
+from gpipe.partitioning.cells import Cell, cells_of
+from gpipe.partitioning.split import split_evenly
+from gpipe.rank_batch import Share
+from gpipe.routes import Route
+from gpipe.schedule import Schedule
+from gpipe.settings import (
+    Checkpoint,
+    check_balance,
+    check_checkpoint,
+    check_chunks,
+    check_devices,
+    check_seed,
+    kept_micro_batches,
+)
+from gpipe.slicing import Factory, keep_slice, materialise
+from gpipe.stage import Stage
+from gpipe.transport import Direction
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+_MOST_STAGES = 8  # a worker of a schedule by name
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of ``DistributedGPipe``, as given."""
+
+    balance: Iterable[int] | None
+    chunks: Any
+    loss_fn: Any
+    mesh: Any
+    schedule: AnySchedule
+    loss_over: Any
+    checkpoint: Any
+    seed: Any
+    device: Any
+
+
+@dataclass
+class Joined:
+    """What a rank needs to take part."""
+
+    module: nn.Module
+    cells: list[Cell]  # the own ones
+    names: frozenset[str]  # keys of the whole module's state
+    balance: list[int]
+    checkpoint: Checkpoint
+    seed: int
+    share: Share
+    wires: Wires
+    board: ErrorBoard
+
+
+def join(module: nn.Module | Factory, settings: Settings, number: int) -> Joined:
+    """Join the pipeline number ``number`` of this world.
+
+    Raises:
+        RuntimeError: There is no process group.
+        TypeError, ValueError: An argument is wrong here or on another rank, or ranks differ; raised on every rank.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            "DistributedGPipe needs a process group: start the program with torchrun and call "
+            "torch.distributed.init_process_group() first"
+        )
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    world = dist.group.WORLD
+    assert world is not None
+    store = dist.PrefixStore(f"gpipe {number}", world.get_group_store())  # type: ignore[attr-defined]
+    joining = _Joining(module, settings, rank, ranks)
+    facts = agree(store, rank, ranks, joining.settle)
+    return joining.join(int(facts["_seed"]), store)
+
+
+class _Joining:
+    """One rank's arguments on the way to its slice."""
+
+    def __init__(self, module: nn.Module | Factory, settings: Settings, rank: int, ranks: int) -> None:
+        self._given, self._settings, self._rank, self._ranks = module, settings, rank, ranks
+
+    def settle(self) -> Facts:
+        """Check the arguments; gives what all ranks must have alike."""
+        given = self._settings
+        self._chunks = check_chunks(given.chunks)
+        _check_words(given)
+        self._seed = check_seed(given.seed)
+        self._device = _device(given.device)
+        self._built = None if isinstance(self._given, nn.Module) else _recorded(self._given)
+        module = self._given if self._built is None else self._built.module
+        assert isinstance(module, nn.Module)
+        self._module, self._cells = module, cells_of(module)
+        self._balance, self._hosts = self._divided()
+        self._checkpoint = check_checkpoint(given.checkpoint, len(self._balance))
+        keep = kept_micro_batches(self._checkpoint, len(self._balance), self._chunks)
+        schedule = chosen(given.schedule, len(self._balance), self._chunks, keep)
+        if given.loss_over == "mini_batch":
+            _ = schedule.halves
+        self._ends = [sum(self._balance[:k]) for k in range(len(self._balance) + 1)]
+        self._groups = [self._cells[left:right] for left, right in pairwise(self._ends)]
+        refuse_sharing(self._groups)
+        return {
+            "balance": str(self._balance),
+            "chunks": str(self._chunks),
+            "checkpoint": repr(self._checkpoint),
+            "schedule": f"{schedule.name} (digest {_digest(schedule):08x})",
+            "loss_over": given.loss_over,
+            "seed": repr(given.seed),
+            "module": f"{'a factory of ' if self._built else ''}{type(module).__name__} of {len(self._cells)} cells",
+            "torch": torch.__version__,
+            "_seed": str(self._seed),
+            **{f"cell {i}": _described(cell) for i, cell in enumerate(self._cells)},
+        }
+
+    def join(self, seed: int, store: Store) -> Joined:
+        """Take the own slice, and make the routes to the other ranks."""
+        names = frozenset(self._module.state_dict())
+        mine = [k for k, host in enumerate(self._hosts) if host == self._rank]
+        own = [i for k in mine for i in range(self._ends[k], self._ends[k + 1])]
+        for k in mine:
+            if self._built is not None:
+                materialise(self._built, self._groups[k], self._ends[k], seed, self._device)
+            for _, cell in self._groups[k]:
+                cell.to(self._device)
+        keep_slice(self._module, self._cells, own)
+        if isinstance(self._settings.loss_fn, nn.Module) and self._hosts[-1] == self._rank:
+            self._settings.loss_fn.to(self._device)
+        alone = len(mine) == 1
+        stages = {k: Stage(k, self._groups[k], self._ends[k], self._device, alone) for k in mine}
+        return Joined(
+            module=self._module,
+            cells=[self._cells[i] for i in own],
+            names=names,
+            balance=self._balance,
+            checkpoint=self._checkpoint,
+            seed=seed,
+            share=Share(self._rank, self._hosts, stages, self._device),
+            wires=Wires(self._rank, _routes(self._hosts, self._ranks, self._device)),
+            board=ErrorBoard(store, self._ranks),
+        )
+
+    def _divided(self) -> tuple[list[int], list[int]]:
+        """Cells per stage, and for every stage the rank that hosts it."""
+        cells, schedule = len(self._cells), self._settings.schedule
+        if self._settings.balance is not None:
+            balance = check_balance(self._settings.balance, cells)
+            hosts = self._hosting(len(balance))
+            return balance, hosts
+        sizes = [sum(p.numel() for p in cell.parameters()) for _, cell in self._cells]
+        if isinstance(schedule, Schedule):
+            counts: Sequence[int] = [schedule.stages]
+        else:
+            counts = [self._ranks * v for v in range(1, _MOST_STAGES + 1)]
+        count = next((n for n in counts if _workers(schedule, n, self._chunks) == self._ranks), counts[0])
+        if count > cells:
+            raise ValueError(
+                f"the world has {self._ranks} ranks, which makes {count} stages, but the module has {cells} cells and "
+                f"a stage needs at least one: start fewer processes (torchrun --nproc-per-node {cells}), or split cells"
+            )
+        return split_evenly(sizes, count), self._hosting(count)
+
+    def _hosting(self, stages: int) -> list[int]:
+        schedule = chosen(self._settings.schedule, stages, self._chunks, (0,) * stages)
+        workers = len(schedule.workers)
+        if workers != self._ranks:
+            raise ValueError(
+                f"schedule {schedule.name!r} runs {stages} stages on {workers} ranks, one a worker, but the world has "
+                f"{self._ranks}: start {workers} processes (torchrun --nproc-per-node {workers}), or give a balance "
+                "for as many stages as the world can host"
+            )
+        hosts = {int(action.stage): w for w, actions in enumerate(schedule.workers) for action in actions}
+        return [hosts[k] for k in range(stages)]
+
+
+def _check_words(given: Settings) -> None:
+    if given.mesh is not None:
+        raise ValueError("mesh is not supported yet, a pipeline takes the whole world: leave mesh out")
+    if given.loss_over not in ("mini_batch", "micro_batch"):
+        raise ValueError(f"loss_over must be 'mini_batch' or 'micro_batch', got {given.loss_over!r}")
+    if not callable(given.loss_fn):
+        raise TypeError(f"loss_fn must be callable with outputs and targets, got {type(given.loss_fn).__name__}")
+
+
+def _device(device: Any) -> torch.device:
+    """The device of this rank's stages."""
+    if device is not None:
+        return check_devices([device], 1)[0]
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None
+    return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count())
+
+
+def _recorded(factory: Any) -> Recorded:
+    if not callable(factory):
+        raise TypeError(
+            "DistributedGPipe takes a module, or a callable without arguments that makes one, got "
+            f"{type(factory).__name__}"
+        )
+    return recorded(cast(Factory, factory))
+
+
+def _workers(schedule: AnySchedule, stages: int, chunks: int) -> int:
+    """How many workers the schedule has for so many stages; 0 if it has none for them."""
+    try:
+        return len(chosen(schedule, stages, chunks, (0,) * stages).workers)
+    except ValueError:
+        return 0
+
+
+def _digest(schedule: Schedule) -> int:
+    return zlib.crc32("; ".join(",".join(map(str, actions)) for actions in schedule.workers).encode())
+
+
+def _described(cell: Cell) -> str:
+    """What the ranks' modules must share: names, shapes and types."""
+    name, module = cell
+    held = [f"{n} {tuple(t.shape)} {t.dtype}" for n, t in chain(module.named_parameters(), module.named_buffers())]
+    return f"{name!r}, {type(module).__name__} with {', '.join(held) or 'no parameters'}"
+
+
+def _routes(hosts: Sequence[int], ranks: int, device: torch.device) -> dict[Key, Route]:
+    """All routes, with tags in the same order on every rank."""
+    if ranks == 1:
+        return {}
+    forward, backward = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
+    assert isinstance(forward, dist.ProcessGroup)
+    assert isinstance(backward, dist.ProcessGroup)
+    cpu = torch.device("cpu")
+    ways: list[tuple[Key, int, int, dist.ProcessGroup, torch.device]] = []
+    for k, (here, there) in enumerate(pairwise(hosts)):
+        ways.append(((k, k + 1, Direction.FORWARD), here, there, forward, device))
+        ways.append(((k + 1, k, Direction.BACKWARD), there, here, backward, device))
+    for here, there in pairwise(dict.fromkeys(hosts)):
+        ways.append(((here, there, Lane.START), here, there, forward, cpu))
+        ways.append(((there, here, Lane.DONE), there, here, backward, cpu))
+        ways.append(((here, there, Lane.ALL_DONE), here, there, forward, cpu))
+    return {
+        key: Route(source, target, tag, group, at)
+        for tag, (key, source, target, group, at) in enumerate(ways)
+        if source != target
+    }

@@ -1,0 +1,211 @@
+"""One mini-batch on one rank: the record on its own stages, and its share of the schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpipe.autograd import attach
+from gpipe.boundary import Boundary, Gradients, new_anchor
+from gpipe.context import CallerContext, autocast_off
+from gpipe.found import Found
+from gpipe.gradients import collected
+from gpipe.group_transport import GroupTransport
+from gpipe.minibatch import Finished
+from gpipe.recording import Recording
+from gpipe.schedule import Action, Kind, Schedule
+from gpipe.stage import Flight, Head, Stage
+from gpipe.transport import CALLER, Direction
+from gpipe.worker import Work, perform
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a rank has of a pipeline.
+
+    Attributes:
+        rank: The rank, which is the schedule's worker.
+        hosts: For every stage of the pipeline the rank that hosts it.
+        stages: The rank's own by their index.
+        device: Where they live.
+    """
+
+    rank: int
+    hosts: Sequence[int]
+    stages: Mapping[int, Stage]
+    device: torch.device
+
+    @property
+    def last(self) -> int:
+        """Index of the pipeline's last stage."""
+        return len(self.hosts) - 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the first stage is here."""
+        return self.hosts[0] == self.rank
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the last stage is here."""
+        return self.hosts[-1] == self.rank
+
+
+class RankBatch:
+    """One mini-batch on its way through the stages of this rank.
+
+    Args:
+        share: The rank's stages.
+        schedule: What all ranks do.
+        transport: Connects them.
+        seed: The pipe's base seed.
+        step: The training step, which random draws depend on.
+        head: Computes each micro-batch's loss, for the last stage, where the workers do that.
+        parameters: The trainable parameters of this rank.
+    """
+
+    def __init__(
+        self,
+        share: Share,
+        schedule: Schedule,
+        transport: GroupTransport,
+        *,
+        seed: int,
+        step: int,
+        head: Head | None = None,
+        parameters: Sequence[Tensor] = (),
+    ) -> None:
+        self._share = share
+        self._schedule = schedule
+        self._transport = transport
+        self._parameters = parameters
+        self._context = CallerContext.capture([share.device])
+        self._micro_batches = range(schedule.micro_batches)
+        self.recording = Recording([[]])
+        self._flights = {
+            k: Flight(
+                stage=stage,
+                seed=seed,
+                step=step,
+                recomputed=frozenset(m for at, m in schedule.recomputed if at == k),
+                head=head if k == share.last else None,
+            )
+            for k, stage in share.stages.items()
+        }
+        self._found: Found | None = None
+        self._open_channels()
+
+    def forward(self, inputs: Sequence[Boundary]) -> list[Boundary] | None:
+        """Run all forwards; takes inputs where the first stage is, gives outputs where the last is, None elsewhere."""
+        if self._schedule.recomputed and torch.is_grad_enabled():
+            self._found = Found([m for flight in self._flights.values() for m in flight.modules])
+        self._enter(inputs)
+        own = self._schedule.workers[self._share.rank]
+        self._perform([action for action in own if action.kind == Kind.FORWARD], self._context)
+        return self._left()
+
+    def backward(self, output_gradients: Sequence[Gradients]) -> Finished:
+        """Run the rest of the schedule, after ``forward``; the output gradients are given where the last stage is."""
+        if self._found is not None:
+            self._found.check()
+        for m, gradients in enumerate(output_gradients):
+            self._transport.send(CALLER, self._share.last, Direction.BACKWARD, m, gradients)
+        own = self._schedule.workers[self._share.rank]
+        rest = [action for action in own if action.kind != Kind.FORWARD]
+        with collected(self._parameters) as totals, self._found.restored() if self._found else nullcontext():
+            self._perform(rest, self._context.without_autocast())
+        return self._finished(totals)
+
+    def forward_and_backward(self, inputs: Sequence[Boundary]) -> tuple[list[Boundary] | None, Finished]:
+        """Run the whole schedule; where the last stage is, gives what its ``head`` made of every micro-batch."""
+        self._enter(inputs)
+        if self._share.is_last:
+            for m in self._micro_batches:
+                one = torch.ones((), device=self._share.device)
+                self._transport.send(CALLER, self._share.last, Direction.BACKWARD, m, [one])
+        with collected(self._parameters) as totals:
+            self._perform(self._schedule.workers[self._share.rank], self._context.without_autocast())
+        return self._left(), self._finished(totals)
+
+    def _open_channels(self) -> None:
+        share, count = self._share, self._schedule.micro_batches
+        for before, after in zip(range(share.last), range(1, share.last + 1), strict=True):
+            ends = (before, after, Direction.FORWARD), (after, before, Direction.BACKWARD)
+            for source, target, direction in ends if torch.is_grad_enabled() else ends[:1]:
+                if target in share.stages:
+                    elsewhere = source not in share.stages
+                    self._transport.open((source, target, direction), count if elsewhere else 0)
+        if share.is_first:
+            self._transport.open((CALLER, 0, Direction.FORWARD))
+            self._transport.open((0, CALLER, Direction.BACKWARD))
+        if share.is_last:
+            self._transport.open((share.last, CALLER, Direction.FORWARD))
+            self._transport.open((CALLER, share.last, Direction.BACKWARD))
+
+    def _enter(self, inputs: Sequence[Boundary]) -> None:
+        for m, boundary in enumerate(inputs):
+            self._transport.send(CALLER, 0, Direction.FORWARD, m, boundary.copy())
+
+    def _left(self) -> list[Boundary] | None:
+        if not self._share.is_last:
+            return None
+        return [self._transport.receive(self._share.last, CALLER, Direction.FORWARD, m) for m in self._micro_batches]
+
+    def _finished(self, totals: list[Tensor | None]) -> Finished:
+        arrived: list[Gradients] = []
+        if self._share.is_first:
+            arrived = [self._transport.receive(0, CALLER, Direction.BACKWARD, m) for m in self._micro_batches]
+        return Finished(self._parameters, [*arrived, [None]], totals)
+
+    def _perform(self, actions: Sequence[Action], backward_modes: CallerContext) -> None:
+        """Perform actions in this thread, which has the caller's modes already, but for what autocasts where."""
+        work = Work(self._flights, len(self._share.hosts), self._transport, self._context, backward_modes)
+        with self._context.applied(self._share.device), autocast_off(), ExitStack() as guards:
+            for stage in self._share.stages.values():
+                guards.enter_context(stage.draws.guard(str(stage)))
+            perform(work, actions, self.recording.spans[0])
+
+
+def deliver(done: Finished, parts: Sequence[Any]) -> None:
+    """Hand a finished mini-batch's gradients to autograd: added to ``.grad``, hooks run, as behind a loss.
+
+    Args:
+        done: The gradients, with those of an input that is not there at the end.
+        parts: Every micro-batch's input, with its graph, where the first stage is.
+    """
+    token = Boundary.of(torch.zeros((), requires_grad=True, device="cpu"))
+    (ended,) = attach(done, [*parts, new_anchor()], [token])
+    with autocast_off():
+        ended.backward()
+
+
+@dataclass
+class _Collector:
+    """A mini-batch whose backward only notes where the loss's gradients enter."""
+
+    parameters: Sequence[Tensor] = ()
+    output_gradients: list[Gradients] = field(default_factory=list)
+
+    def backward(self, keep_graph: bool) -> tuple[list[Gradients], list[Tensor | None]]:
+        return [[None]], []
+
+
+def outputs_with_graph(outputs: Sequence[Boundary]) -> tuple[list[Any], _Collector]:
+    """Every micro-batch's output for a loss; the collector gets the gradients when that goes backward."""
+    collector = _Collector()
+    return attach(collector, [new_anchor()], outputs), collector
+
+
+def gradients_of(collector: _Collector, outputs: Sequence[Boundary]) -> list[Gradients]:
+    """What a loss's backward left; no gradients where it did not depend on the outputs."""
+    return collector.output_gradients or [[None] * len(output.leaves) for output in outputs]
+
+
+def trainable(*modules: nn.Module) -> list[Tensor]:
+    """The parameters of ``modules`` that need gradients, each once."""
+    return list({id(p): p for module in modules for p in module.parameters() if p.requires_grad}.values())

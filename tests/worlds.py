@@ -1,0 +1,98 @@
+"""Worlds of ranks for tests: processes that stay, and run one function after the other."""
+
+import multiprocessing
+import os
+import pickle
+import socket
+import time
+import traceback
+
+import torch
+import torch.distributed as dist
+
+
+class World:
+    """A torch.distributed world on this machine."""
+
+    def __init__(self, ranks):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch._dynamo", "torch.distributed", "gpipe.distributed", "nets"])
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ends = [context.Pipe() for _ in range(ranks)]
+        self._pipes = [ours for ours, _ in ends]
+        self.processes = [
+            context.Process(target=_serve, args=(rank, ranks, port, theirs), daemon=True)
+            for rank, (_, theirs) in enumerate(ends)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def run(self, function, *args, seconds=30):
+        """``function(rank, *args)`` on every rank; what each returned, or the exception it raised."""
+        self.start(function, *args)
+        return self.results(range(len(self.processes)), seconds)
+
+    def start(self, function, *args):
+        for pipe in self._pipes:
+            pipe.send_bytes(pickle.dumps((function, args)))
+
+    def results(self, ranks, seconds=30):
+        deadline = time.monotonic() + seconds
+        found = []
+        for rank in ranks:
+            ready = self._pipes[rank].poll(max(0.0, deadline - time.monotonic()))
+            assert ready, f"rank {rank} gave no answer in {seconds} s"
+            found.append(pickle.loads(self._pipes[rank].recv_bytes()))
+        return found
+
+    def values(self, function, *args, seconds=30):
+        """The same where no rank may raise."""
+        results = self.run(function, *args, seconds=seconds)
+        for rank, result in enumerate(results):
+            assert not isinstance(result, Raised), f"rank {rank}: {result.text}"
+        return results
+
+    def close(self):
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join(5)
+        self.kill()
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+class Raised:
+    """An exception of another process."""
+
+    def __init__(self, error, seconds):
+        self.type = type(error).__name__
+        self.message = str(error)
+        self.notes = list(getattr(error, "__notes__", ()))
+        self.text = "".join(traceback.format_exception(error))
+        self.seconds = seconds
+
+
+def _serve(rank, ranks, port, pipe):
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # otherwise looks this machine's name up, which may take 5 seconds
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    while True:
+        try:
+            function, args = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            break
+        torch.manual_seed(0)
+        start = time.monotonic()
+        try:
+            result = function(rank, *args)
+        except BaseException as error:
+            result = Raised(error, time.monotonic() - start)
+        pipe.send_bytes(pickle.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
