@@ -18,7 +18,7 @@ TOLERANCE = 5e-4
 _SHARES = (0.25, 0.5, 1.0)
 """Where to look first: how far from the lower bound towards the best known division."""
 
-_BEAMS = (2, 8, 32, 128)
+_BEAMS = (2, 12, 128)
 """Labels kept for the same cells and stages, in one search after the other."""
 
 _LABELS = 2**22
