@@ -20,6 +20,7 @@ from gpipe.minibatch import Finished
 from gpipe.recording import Recording
 from gpipe.schedule import Action, Kind, Schedule
 from gpipe.stage import Flight, Head, Stage
+from gpipe.tied import Replicas, tied_parameters
 from gpipe.transport import CALLER, Direction
 from gpipe.worker import Work, perform
 
@@ -97,6 +98,8 @@ class RankBatch:
             )
             for k, stage in share.stages.items()
         }
+        own = [list(zip(stage.names, stage.cells, strict=True)) for stage in share.stages.values()]
+        self._replicas = Replicas(tied_parameters(own), [share.device] * len(own))
         self._found: Found | None = None
         self._open_channels()
 
@@ -119,6 +122,7 @@ class RankBatch:
         rest = [action for action in own if action.kind != Kind.FORWARD]
         with collected(self._parameters) as totals, self._found.restored() if self._found else nullcontext():
             self._perform(rest, self._context.without_autocast())
+            self._replicas.add_up()
         return self._finished(totals)
 
     def forward_and_backward(self, inputs: Sequence[Boundary]) -> tuple[list[Boundary] | None, Finished]:
@@ -130,6 +134,7 @@ class RankBatch:
                 self._transport.send(CALLER, self._share.last, Direction.BACKWARD, m, [one])
         with collected(self._parameters) as totals:
             self._perform(self._schedule.workers[self._share.rank], self._context.without_autocast())
+            self._replicas.add_up()
         return self._left(), self._finished(totals)
 
     def _open_channels(self) -> None:
@@ -166,6 +171,7 @@ class RankBatch:
         """Perform actions in this thread, which has the caller's modes already, but for what autocasts where."""
         work = Work(self._flights, len(self._share.hosts), self._transport, self._context, backward_modes)
         with self._context.applied(self._share.device), autocast_off(), ExitStack() as guards:
+            guards.enter_context(self._replicas.in_place(range(len(self._share.stages))))
             for stage in self._share.stages.values():
                 guards.enter_context(stage.draws.guard(str(stage)))
             perform(work, actions, self.recording.spans[0])

@@ -126,6 +126,28 @@ def test_a_balance_of_its_own(two):
     assert_same(joined([s for s, _ in found]), state)  # no balance changes the bits
 
 
+def tie():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Linear(5, 3))
+    module[2].weight = module[0].weight
+    return module
+
+
+def train_tied(rank):
+    pipe = wrapped(tie(), [3, 1])
+    losses = trained(pipe.train_step, pipe.parameters(), 11)
+    return dict(pipe.state_dict()), losses
+
+
+def test_cells_of_a_rank_may_share_a_parameter(two):
+    found = two.values(train_tied)
+    module = tie()
+    step = functools.partial(make_pipe(module, [3, 1], 4).train_step, loss_fn=cross_entropy)
+    losses = trained(step, module.parameters(), 11)
+    assert_same(joined([s for s, _ in found]), module.state_dict())
+    assert found[0][1] == losses
+
+
 def learn_the_loss(rank, loss_over):
     torch.manual_seed(1)
     module = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import yaml
 from pydantic import Field, ValidationError
 
 from gpipe.balancing import memory_bytes
@@ -21,7 +20,7 @@ from gpipe.training.config import PipelineConfig, Section
 from gpipe.training.errors import ConfigurationError
 from gpipe.training.hardware import FACTS, Device, Precision, known_device
 from gpipe.training.problems import allowed_keys, close_match, described, shown
-from gpipe.training.reading import parse_yaml, yaml_problem
+from gpipe.training.reading import read_values
 
 _MOST = 4096
 _Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -106,14 +105,7 @@ def _allowed(value: Any, path: Sequence[str | int]) -> list[str]:
 
 
 def _read(file: Path) -> list[Any]:
-    try:
-        values = parse_yaml(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigurationError(file, ["there is no such file"]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(file, [f"cannot be read: {error}"]) from error
-    except yaml.YAMLError as error:
-        raise ConfigurationError(file, [yaml_problem(error)]) from None
+    values = read_values(file)
     if not isinstance(values, list) or not values:
         what = f"holds a {type(values).__name__}" if values else "is empty"
         raise ConfigurationError(file, [f"{what}; expected a list of devices, each a name such as H100 or a mapping"])

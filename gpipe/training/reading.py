@@ -83,15 +83,24 @@ def dump(configuration: Configuration) -> str:
     return yaml.safe_dump(configuration.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def read_values(file: Path) -> Any:
+    """The values of a YAML file.
+
+    Raises:
+        ConfigurationError: It is not there, cannot be read, or is no YAML.
+    """
     try:
-        values = parse_yaml(file.read_text(encoding="utf-8"))
+        return parse_yaml(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigurationError(file, ["there is no such file"]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(file, [f"cannot be read: {error}"]) from error
     except yaml.YAMLError as error:
         raise ConfigurationError(file, [yaml_problem(error)]) from None
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    values = read_values(file)
     if not isinstance(values, dict):
         what = "is empty" if values is None else f"holds a {type(values).__name__}"
         raise ConfigurationError(file, [f"{what}; expected a mapping with the keys {', '.join(_sections())}"])

@@ -1,0 +1,74 @@
+"""Costs of stages: from those of cells, and from a recorded mini-batch."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from gpipe import GPipe, StageCost, Timeline, record, schedules, simulate
+from gpipe.costs import divided_costs, measured_costs
+from gpipe.partitioning.cost import CellCost
+from gpipe.partitioning.profile import profile
+from gpipe.partitioning.solve import predict
+from gpipe.schedule import Action, Kind
+from gpipe.timeline import Span
+
+CELLS = [
+    CellCost("a", 1.0, 4.0, 10, 3, 7, workspace_bytes=50, handed_on_bytes=3),
+    CellCost("b", 2.0, 6.0, 20, 4, 9, workspace_bytes=5, handed_on_bytes=4),
+    CellCost("c", 4.0, 8.0, 40, 5, 1),
+]
+
+
+def test_a_stage_costs_what_its_cells_cost():
+    assert divided_costs(CELLS, [2, 1], weight_share=0.25) == [
+        # the output that only c wants is not b's to keep; while a runs, 60 bytes are held, 34 beyond 26
+        StageCost(3.0, 7.5, 2.5, 26, 4, 16, workspace_bytes=34),
+        StageCost(4.0, 6.0, 2.0, 40, 5, 1),
+    ]
+
+
+def test_a_recorded_mini_batch_gives_medians():
+    def spans(stage, kinds):
+        return [Span(Action(stage, kind, m), 10.0 * m, 10.0 * m + s) for kind, s, m in kinds]
+
+    F, R, B = Kind.FORWARD, Kind.RECOMPUTE, Kind.BACKWARD
+    I, W = Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT  # noqa: E741
+    whole = spans(0, [(F, 1, 0), (F, 3, 1), (R, 2, 0), (B, 4, 0), (B, 6, 1)])
+    split = spans(1, [(F, 1, 0), (I, 2, 0), (W, 3, 0)])
+    assert measured_costs(Timeline((tuple(whole), tuple(split)))) == [StageCost(2, 5, 0), StageCost(1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("balance", "problem"), [([1, 1], "must sum to the number of cells, 3"), ([3, 0], "balance"), ([], "sum to")]
+)
+def test_predict_refuses_what_is_no_balance(balance, problem):
+    with pytest.raises(ValueError, match=problem):
+        predict(CELLS, balance, micro_batches=2)
+
+
+@pytest.mark.parametrize("keep", [0, 2, 8])
+@pytest.mark.parametrize("name", ["gpipe", "one_f_one_b"])
+def test_simulated_bytes_are_those_counted(name, keep):
+    torch.manual_seed(0)
+    module = nn.Sequential(*(nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True) for _ in range(4)))
+    x = torch.randn(32, 32, 64)
+    costs = divided_costs(profile(module, x, chunks=8, repeats=1), [2, 2])
+    schedule = schedules.with_recompute(schedules.builder(name)(stages=2, micro_batches=8), keep)
+    pipe = GPipe(module, [2, 2], devices=["cpu"] * 2, chunks=8)
+    with record(pipe, memory=True) as counted:
+        pipe.train_step(x, x, nn.functional.mse_loss, "micro_batch", schedule=schedule)
+    predicted = simulate(schedule, costs, input_bytes=x.nbytes // 8, static_bytes_per_param=2.0)
+    assert predicted.peak_bytes == pytest.approx(counted.peak_bytes, rel=0.06)
+
+
+def test_company_leaves_when_the_profile_is_taken():
+    before = threading.active_count()
+    module = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    alone, beside = (profile(module, torch.randn(6, 8), repeats=2, company=n) for n in (0, 2))
+    assert threading.active_count() == before
+    assert [c.activation_bytes for c in alone] == [c.activation_bytes for c in beside]
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        profile(nn.Sequential(nn.Linear(8, 8), nn.Linear(3, 2)), torch.randn(6, 8), company=2)
+    assert threading.active_count() == before
