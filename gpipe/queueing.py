@@ -30,8 +30,8 @@ def solve_with_queues(
 ) -> Partition:
     """As ``solve`` for GPipe's schedule, with room on every limited device for the gradients that will wait there.
 
-    A division is solved for without them; where they would not fit beside it, its stages are given that much less and
-    it is solved again. The waiting gradients stand among a stage's inputs.
+    A division is solved for without them; where they would not fit beside it, its stages are given that much less than
+    they take, and it is solved again. The waiting gradients stand among a stage's inputs.
 
     Raises:
         Infeasible: No division fits the memory, or none that leaves room for them was found.
@@ -40,7 +40,12 @@ def solve_with_queues(
     reserved = [0] * stages
     for _ in range(_TRIES):
         left = [None if limit is None else max(limit - r, 1) for limit, r in zip(limits, reserved, strict=True)]
-        found = _solved(costs, stages, micro_batches, left, keep, input_bytes, reserved)
+        try:
+            found = _solved(costs, stages, micro_batches, left, keep, input_bytes, reserved)
+        except Infeasible:
+            if keep is not None or not any(reserved):
+                raise
+            break
         waiting = waiting_bytes(found, costs, input_bytes)
         over = [
             0 if limit is None else max(0, stage.bytes + w - limit)
@@ -49,7 +54,19 @@ def solve_with_queues(
         if not any(over):
             plans = zip(found.stages, waiting, limits, strict=True)
             return replace(found, stages=tuple(_with(stage, w, limit) for stage, w, limit in plans))
-        reserved = [r + o for r, o in zip(reserved, over, strict=True)]
+        reserved = [
+            (limit or 0) - (stage.bytes - o) if o else r  # what it takes now, less what is too much
+            for r, o, stage, limit in zip(reserved, over, found.stages, limits, strict=True)
+        ]
+    if keep is None:  # what no reserve led to: nothing kept, where backwards are slower and gradients come later
+        return solve_with_queues(
+            costs,
+            stages,
+            micro_batches=micro_batches,
+            memory_limit=memory_limit,
+            keep=[0] * stages,
+            input_bytes=input_bytes,
+        )
     raise ValueError(
         f"memory_limit: a division fits ({', '.join(map(str, found.balance))} cells), but not with the gradients that "
         f"would wait at its slower stages, {max(over)} bytes more: raise the limit by as much, or use fewer stages"

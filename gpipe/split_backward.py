@@ -98,14 +98,10 @@ def _put_off(node: Node, uses: Counter[Node]) -> Iterator[_Product]:
 
 
 def _leaf_below(child: Node | None, uses: Counter[Node]) -> Node | None:
-    """The parameter's node that alone hangs on ``child``, by a path without branches or layers; None if there is none.
-
-    Its weight has two or more dimensions; of a one-dimensional one the order in which gradients are added up would
-    depend on the micro-batches' shapes, as a bias may or may not be part of its layer's node.
-    """
+    """The parameter's node that hangs on ``child`` alone, by a path without branches or layers, if there is one."""
     while child is not None and uses[child] == 1 and child.name() not in _LAYERS:
         if _is_leaf(child):
-            return child if child.variable.dim() > 1 else None  # type: ignore[attr-defined]
+            return child
         after = [n for n, _ in child.next_functions if n is not None]
         child = after[0] if len(after) == 1 else None
     return None

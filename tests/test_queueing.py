@@ -38,6 +38,10 @@ def test_a_limit_leaves_room_for_them():
     assert found.stages[0].bytes <= 800
     assert found.stages[0].memory_limit == 800
     assert found.stages[0].input_bytes > bare.stages[0].input_bytes
+    tight = solve_with_queues(cells, 2, micro_batches=8, memory_limit=[660, 10**6], keep=None, input_bytes=0)
+    assert (tight.keep, tight.stages[0].bytes) == ((7, 8), 660)
+    least = solve_with_queues(cells, 2, micro_batches=8, memory_limit=[520, 10**6], keep=None, input_bytes=0)
+    assert (least.keep, least.stages[0].bytes) == ((0, 0), 510)
     assert solve_with_queues(cells, 2, micro_batches=8, memory_limit=None, keep=None, input_bytes=0).keep == (8, 8)
 
 
