@@ -20,7 +20,7 @@ from gpipe.metering import Meters
 from gpipe.recording import Recording
 from gpipe.schedule import Action, Schedule
 from gpipe.stage import Flight, Head, Stage
-from gpipe.tied import Replicas, Tied
+from gpipe.tied import Replicas, Tied, added
 from gpipe.timeline import Span
 from gpipe.transport import CALLER, Direction, ThreadTransport
 from gpipe.worker import Work, Workers, perform
@@ -208,14 +208,21 @@ class Finished:
     """A mini-batch that has gone forward and backward, its gradients waiting to be handed to autograd."""
 
     parameters: Sequence[Tensor]
-    _arrived: list[Gradients]
-    _totals: list[Tensor | None]
+    arrived: list[Gradients]
+    totals: list[Tensor | None]
     output_gradients: list[Gradients] = field(default_factory=list)
+
+    def and_also(self, parameters: Sequence[Tensor], totals: Sequence[Tensor | None]) -> None:
+        """Take in gradients computed elsewhere, added where there are some already."""
+        own = dict(zip(self.parameters, self.totals, strict=True))
+        for p, total in zip(parameters, totals, strict=True):
+            own[p] = added([own.get(p), total], p.device)
+        self.parameters, self.totals = list(own), list(own.values())
 
     def backward(self, keep_graph: bool) -> tuple[list[Gradients], list[Tensor | None]]:
         """Give what the workers computed, once."""
-        arrived, totals = self._arrived, self._totals
-        self._arrived, self._totals = [], []
+        arrived, totals = self.arrived, self.totals
+        self.arrived, self.totals = [], []
         return arrived, totals
 
 

@@ -110,6 +110,7 @@ class Flight:
     Attributes:
         stage: The stage.
         seed, step: What random draws depend on, beside micro-batch and cell.
+        first_micro_batch: The number, for random draws, of micro-batch 0.
         recomputed: Micro-batches whose activations are dropped and recomputed.
         statistics: Where deferred batch-norm layers collect, None if they are not deferred.
         head: Computes the loss of one micro-batch from the last stage's output, where the workers do that.
@@ -119,6 +120,7 @@ class Flight:
     stage: Stage
     seed: int
     step: int
+    first_micro_batch: int = 0
     recomputed: frozenset[int] = frozenset()
     statistics: Statistics | None = None
     head: Head | None = None
@@ -239,12 +241,12 @@ class Flight:
         with running(phase):
             for i, cell in enumerate(stage.cells):
                 self.cell = f"{stage.names[i]} ({type(cell).__name__})"
-                seed = cell_seed(self.seed, self.step, m, stage.first_cell + i)
+                seed = cell_seed(self.seed, self.step, self.first_micro_batch + m, stage.first_cell + i)
                 with stage.draws.cell(i, seed, observe, self._generators(m, i), phase.recomputing):
                     value = cell(value)
             if self.head is not None:
                 self.cell = "loss_fn"
-                seed = cell_seed(self.seed, self.step, m, stage.first_cell + len(stage.cells))
+                seed = cell_seed(self.seed, self.step, self.first_micro_batch + m, stage.first_cell + len(stage.cells))
                 brought = self._generators(m, len(stage.cells))
                 with stage.draws.cell(len(stage.cells), seed, observe, brought, phase.recomputing):
                     value = self.head(m, value)
