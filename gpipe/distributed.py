@@ -53,8 +53,11 @@ class DistributedGPipe(nn.Module):
             among that rank's ``parameters()``, as ``loss_fn.*``.
         mesh: Not supported yet: leave it out.
         schedule: A name of ``gpipe.schedules.BUILDERS``, such a builder, or a ready ``Schedule``. Worker w is rank w.
+            None is ``"gpipe"``, and ``"one_f_one_b"`` with ``two_pass``.
         loss_over: ``"mini_batch"`` calls the loss once on all outputs; ``"micro_batch"`` on every micro-batch, the
             results weighted by rows, which schedules that interleave forward and backward need.
+        two_pass: For huge mini-batches under a loss over all of them: a rank keeps no boundary of a micro-batch until
+            the loss has come, and runs forward again; as for ``GPipe.train_step``.
         checkpoint: Which micro-batches keep their activations; as for ``GPipe``.
         seed: Base seed of random draws and of a factory's weights. None takes one from rank 0's default generator.
         device: Where this rank's stages live. None takes the accelerator of this process's ``LOCAL_RANK``, or the CPU.
@@ -73,17 +76,19 @@ class DistributedGPipe(nn.Module):
         chunks: int,
         loss_fn: LossFunction,
         mesh: None = None,
-        schedule: AnySchedule = "gpipe",
+        schedule: AnySchedule = None,
         loss_over: Literal["mini_batch", "micro_batch"] = "mini_batch",
+        two_pass: bool = False,
         checkpoint: Checkpoint = "except_last",
         seed: int | None = None,
         device: str | torch.device | None = None,
     ) -> None:
         super().__init__()
-        settings = Settings(balance, chunks, loss_fn, mesh, schedule, loss_over, checkpoint, seed, device)
+        settings = Settings(balance, chunks, loss_fn, mesh, schedule, loss_over, two_pass, checkpoint, seed, device)
         joined = join(module, settings, number=next(_pipes))
         self.balance, self.chunks, self.checkpoint, self.seed = joined.balance, chunks, joined.checkpoint, joined.seed
         self.device, self.schedule, self.loss_over = joined.share.device, schedule, loss_over
+        self.two_pass = two_pass
         self.step = 0
         self.recording = Recording()
         vars(self).update(registries(joined.module), module=joined.module)
@@ -164,7 +169,7 @@ class DistributedGPipe(nn.Module):
     def _mini_batch_step(
         self, transport: GroupTransport, parts: list[Any], targets: Any, rows: int
     ) -> tuple[Tensor | None, Finished]:
-        batch = self._batch(transport, rows, None, trainable(self._slice))
+        batch = self._batch(transport, rows, None, trainable(self._slice), self.two_pass)
         outputs = batch.forward([Boundary.of(part) for part in parts])
         if outputs is None:
             return None, batch.backward(())
@@ -240,16 +245,28 @@ class DistributedGPipe(nn.Module):
         return scatter(moved(inputs, self.device), self.chunks) if self._share.is_first else []
 
     def _batch(
-        self, transport: GroupTransport, rows: int, head: MicroBatchLoss | None, parameters: list[Tensor]
+        self,
+        transport: GroupTransport,
+        rows: int,
+        head: MicroBatchLoss | None,
+        parameters: list[Tensor],
+        two_pass: bool = False,
     ) -> RankBatch:
         stages, micro_batches = len(self._share.hosts), len(split_sizes(rows, self.chunks))
         keep = kept_micro_batches(self.checkpoint, stages, micro_batches)
         if not torch.is_grad_enabled():
             keep = (micro_batches,) * stages
         refuse_transforms(parameters)
-        schedule: Schedule = chosen(self.schedule, stages, micro_batches, keep)
+        schedule: Schedule = chosen(self.schedule, stages, micro_batches, keep, two_pass)
         batch = RankBatch(
-            self._share, schedule, transport, seed=self.seed, step=self.step, head=head, parameters=parameters
+            self._share,
+            schedule,
+            transport,
+            seed=self.seed,
+            step=self.step,
+            head=head,
+            parameters=parameters,
+            two_pass=two_pass,
         )
         self.recording = batch.recording
         return batch
