@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn, Self
 import torch
 from torch import Tensor, nn
 
+from gpipe.batchnorm import Statistics, commit, defer
 from gpipe.boundary import Boundary
 from gpipe.cells import registries
 from gpipe.choosing import AnySchedule, chosen
@@ -59,6 +60,7 @@ class DistributedGPipe(nn.Module):
         two_pass: For huge mini-batches under a loss over all of them: a rank keeps no boundary of a micro-batch until
             the loss has come, and runs forward again; as for ``GPipe.train_step``.
         checkpoint: Which micro-batches keep their activations; as for ``GPipe``.
+        deferred_batch_norm: Update batch-norm running statistics once per mini-batch; as for ``GPipe``.
         seed: Base seed of random draws and of a factory's weights. None takes one from rank 0's default generator.
         device: Where this rank's stages live. None takes the accelerator of this process's ``LOCAL_RANK``, or the CPU.
 
@@ -80,15 +82,28 @@ class DistributedGPipe(nn.Module):
         loss_over: Literal["mini_batch", "micro_batch"] = "mini_batch",
         two_pass: bool = False,
         checkpoint: Checkpoint = "except_last",
+        deferred_batch_norm: bool = False,
         seed: int | None = None,
         device: str | torch.device | None = None,
     ) -> None:
         super().__init__()
-        settings = Settings(balance, chunks, loss_fn, mesh, schedule, loss_over, two_pass, checkpoint, seed, device)
+        settings = Settings(
+            balance,
+            chunks,
+            loss_fn,
+            mesh,
+            schedule,
+            loss_over,
+            two_pass,
+            checkpoint,
+            deferred_batch_norm,
+            seed,
+            device,
+        )
         joined = join(module, settings, number=next(_pipes))
         self.balance, self.chunks, self.checkpoint, self.seed = joined.balance, chunks, joined.checkpoint, joined.seed
         self.device, self.schedule, self.loss_over = joined.share.device, schedule, loss_over
-        self.two_pass = two_pass
+        self.two_pass, self.deferred_batch_norm = two_pass, deferred_batch_norm
         self.step = 0
         self.recording = Recording()
         vars(self).update(registries(joined.module), module=joined.module)
@@ -96,6 +111,10 @@ class DistributedGPipe(nn.Module):
         self._cells, self._share, self._names = joined.cells, joined.share, joined.names
         self._wires, self._board = joined.wires, joined.board
         self._failure: Failure | None = None
+        self._statistics: Statistics | None = {} if deferred_batch_norm else None
+        if deferred_batch_norm:
+            for _, cell in self._cells:
+                defer(cell)
         weakref.finalize(self, _close, self._wires, self._board)
 
     def train_step(self, inputs: Any = None, targets: Any = None) -> Tensor:
@@ -133,6 +152,7 @@ class DistributedGPipe(nn.Module):
             loss = line.all_done(mine).to(self.device)
             transport.flush()
             deliver(done, parts)
+            self._commit()
             self.step += self.training
         return loss
 
@@ -155,6 +175,7 @@ class DistributedGPipe(nn.Module):
             outputs = batch.forward([Boundary.of(part) for part in self._parts(inputs)])
             self.step += self.training
             transport.flush()
+            self._commit()
             return None if outputs is None else gather([output.tree() for output in outputs])
 
     def eval_step(self, inputs: Any = None) -> Any:
@@ -188,6 +209,12 @@ class DistributedGPipe(nn.Module):
         batch = self._batch(transport, rows, head, trainable(*modules))
         shares, done = batch.forward_and_backward([Boundary.of(part) for part in parts])
         return None if shares is None else torch.stack([share.leaves[0] for share in shares]).sum(), done
+
+    def _commit(self) -> None:
+        """Update running statistics, once the mini-batch has gone through on this rank, or in a step on all."""
+        if self._statistics:
+            commit(self._statistics)
+            self._statistics.clear()
 
     def _head(self, targets: Any, rows: int) -> MicroBatchLoss:
         sizes, there = split_sizes(rows, self.chunks), moved(targets, self.device)
@@ -267,6 +294,7 @@ class DistributedGPipe(nn.Module):
             head=head,
             parameters=parameters,
             two_pass=two_pass,
+            statistics=self._statistics,
         )
         self.recording = batch.recording
         return batch

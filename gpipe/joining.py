@@ -56,6 +56,7 @@ class Settings:
     loss_over: Any
     two_pass: Any
     checkpoint: Any
+    deferred_batch_norm: Any
     seed: Any
     device: Any
 
@@ -129,6 +130,7 @@ class _Joining:
             "schedule": f"{schedule.name} (digest {_digest(schedule):08x})",
             "loss_over": given.loss_over,
             "two_pass": str(given.two_pass),
+            "deferred_batch_norm": str(bool(given.deferred_batch_norm)),
             "seed": repr(given.seed),
             "module": f"{'a factory of ' if self._built else ''}{type(module).__name__} of {len(self._cells)} cells",
             "torch": torch.__version__,

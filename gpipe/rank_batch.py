@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gpipe.autograd import attach
+from gpipe.batchnorm import Statistics
 from gpipe.boundary import Boundary, Gradients, new_anchor
 from gpipe.context import CallerContext, autocast_off
 from gpipe.found import Found
@@ -70,6 +71,7 @@ class RankBatch:
         head: Computes each micro-batch's loss, for the last stage, where the workers do that.
         parameters: The trainable parameters of this rank.
         two_pass: ``forward`` is the first pass, ``backward`` the second, whose schedule is given.
+        statistics: Where deferred batch-norm layers collect, None if they are not deferred.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class RankBatch:
         head: Head | None = None,
         parameters: Sequence[Tensor] = (),
         two_pass: bool = False,
+        statistics: Statistics | None = None,
     ) -> None:
         self._share = share
         self._schedule = schedule
@@ -99,6 +102,7 @@ class RankBatch:
                 seed=seed,
                 step=step,
                 recomputed=frozenset(m for at, m in schedule.recomputed if at == k),
+                statistics=statistics,
                 head=head if k == share.last else None,
                 two_pass=two_pass,
             )
