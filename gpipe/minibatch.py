@@ -93,9 +93,8 @@ class MiniBatch:
             )
             for stage in pipeline.stages
         ]
-        self.recording = Recording(
-            [[] for _ in schedule.workers], Meters([s.parameter_bytes for s in pipeline.stages]) if metered else None
-        )
+        held = {stage.index: stage.parameter_bytes for stage in pipeline.stages}
+        self.recording = Recording([[] for _ in schedule.workers], Meters(held, last + 1) if metered else None)
         self._replicas = Replicas(pipeline.tied, [stage.device for stage in pipeline.stages])
         self._found: Found | None = None
         self._spent = False
@@ -113,9 +112,7 @@ class MiniBatch:
         forward, _ = self._halves
         transport = self._transport()
         if self._two_pass:
-            meters = self.recording.meters
-            copy = Boundary.copy if meters is None else partial(Boundary.map, function=partial(meters.delivered, 0))
-            self._supply = Supply(inputs, copy)
+            self._supply = Supply(inputs, self.recording.meters)
             transport.connect(CALLER, 0, Direction.FORWARD, self._supply)
         else:
             self._enter(inputs, transport)
