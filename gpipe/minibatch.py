@@ -23,7 +23,7 @@ from gpipe.stage import Flight, Head, Stage
 from gpipe.tied import Replicas, Tied
 from gpipe.timeline import Span
 from gpipe.transport import CALLER, Direction, Drain, Supply, ThreadTransport
-from gpipe.two_pass import passes
+from gpipe.two_pass import passes, window
 from gpipe.worker import Work, Workers, perform
 
 Actions = Sequence[Sequence[Action]]
@@ -116,7 +116,8 @@ class MiniBatch:
             transport.connect(CALLER, 0, Direction.FORWARD, self._supply)
         else:
             self._enter(inputs, transport)
-        self._perform(forward, transport, self._context)
+        ahead = window(self._schedule) if self._two_pass else None
+        self._perform(forward, transport, self._context, window=ahead)
         self._commit()
         return [transport.receive(self._last, CALLER, Direction.FORWARD, m) for m in range(len(inputs))]
 
@@ -197,10 +198,10 @@ class MiniBatch:
         return ThreadTransport([stage.device for stage in self._pipeline.stages], self.recording.meters)
 
     def _perform(
-        self, actions: Actions, transport: ThreadTransport, backward_modes: CallerContext, repeats: bool = False
+        self, actions: Actions, transport: ThreadTransport, backward_modes: CallerContext, **options: Any
     ) -> None:
-        flights = dict(enumerate(self._flights))
-        work = Work(flights, len(flights), transport, self._context, backward_modes, self.recording.meters, repeats)
+        flights, meters = dict(enumerate(self._flights)), self.recording.meters
+        work = Work(flights, len(flights), transport, self._context, backward_modes, meters, **options)
         jobs = [self._job(work, *worker) for worker in zip(actions, self.recording.spans, strict=True) if worker[0]]
         self._pipeline.workers.run(jobs, transport.abort)
 

@@ -25,7 +25,7 @@ from gpipe.schedule import Action, Kind, Schedule
 from gpipe.stage import Flight, Head, Stage
 from gpipe.tied import Replicas, tied_parameters
 from gpipe.transport import CALLER, Direction, Drain, Supply
-from gpipe.two_pass import passes
+from gpipe.two_pass import passes, window
 from gpipe.worker import Work, perform
 
 
@@ -116,7 +116,8 @@ class RankBatch:
         own = [list(zip(stage.names, stage.cells, strict=True)) for stage in share.stages.values()]
         self._replicas = Replicas(tied_parameters(own), [share.device] * len(own))
         self._found: Found | None = None
-        self._open_channels(backward=torch.is_grad_enabled() and not two_pass)
+        self._window = window(schedule) if two_pass else None
+        self._open_channels(backward=torch.is_grad_enabled() if not two_pass else self._window is not None)
 
     def forward(self, inputs: Sequence[Boundary]) -> list[Boundary] | None:
         """Run all forwards; takes inputs where the first stage is, gives outputs where the last is, None elsewhere."""
@@ -125,7 +126,7 @@ class RankBatch:
         if self._two_pass and self._share.is_first:
             self._supply = Supply(inputs, self.recording.meters)
         self._enter(inputs)
-        self._perform(self._halves[0], self._context)
+        self._perform(self._halves[0], self._context, window=self._window)
         return self._left()
 
     def backward(self, output_gradients: list[Gradients]) -> Finished:
@@ -209,10 +210,10 @@ class RankBatch:
             arrived = [self._transport.receive(0, CALLER, Direction.BACKWARD, m) for m in self._micro_batches]
         return Finished(self._parameters, [*arrived, [None]], totals)
 
-    def _perform(self, actions: Sequence[Action], backward_modes: CallerContext, repeats: bool = False) -> None:
+    def _perform(self, actions: Sequence[Action], backward_modes: CallerContext, **options: Any) -> None:
         """Perform actions in this thread, which has the caller's modes already, but for what autocasts where."""
         stages, meters = len(self._share.hosts), self.recording.meters
-        work = Work(self._flights, stages, self._transport, self._context, backward_modes, meters, repeats)
+        work = Work(self._flights, stages, self._transport, self._context, backward_modes, meters, **options)
         with self._context.applied(self._share.device), autocast_off(), ExitStack() as guards:
             guards.enter_context(self._replicas.in_place(range(len(self._share.stages))))
             for stage in self._share.stages.values():

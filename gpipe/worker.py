@@ -34,6 +34,8 @@ class Work:
         backward_modes: The caller's autocast for backward.
         meters: Count what the stages hold.
         repeats: Forwards repeat those of a first pass; they are recorded as the recomputes they are.
+        window: By how many micro-batches a stage may be ahead of the next, where there are forwards alone, from the
+            first micro-batch to the last; None for any number.
     """
 
     flights: Mapping[int, Flight]
@@ -43,6 +45,7 @@ class Work:
     backward_modes: CallerContext
     meters: Meters | None = None
     repeats: bool = False
+    window: int | None = None
 
     def shown(self, action: Action) -> Action:
         """The action as timelines and messages name it."""
@@ -85,7 +88,11 @@ def _act(work: Work, action: Action, spans: list[Span]) -> None:
     before, after = k - 1 if k else CALLER, k + 1 if k + 1 < work.stages else CALLER
     direction = _DIRECTION.get(kind)
     source, target = (before, after) if direction == Direction.FORWARD else (after, before)
+    if work.window is not None and m >= work.window and target != CALLER:
+        work.transport.receive(target, k, Direction.BACKWARD, m - work.window)
     message = None if direction is None else work.transport.receive(source, k, direction, m)
+    if work.window is not None and source != CALLER:
+        work.transport.send(k, source, Direction.BACKWARD, m, [])  # taken
     modes = work.forward_modes if kind in (Kind.FORWARD, Kind.RECOMPUTE) else work.backward_modes
     start = perf_counter()
     with modes.autocasting(), work.counting(k):

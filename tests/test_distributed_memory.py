@@ -1,5 +1,7 @@
 """``record(pipe, memory=True)`` on ranks: the bytes of their own stages, which are those of ``GPipe``'s stages."""
 
+import time
+
 import pytest
 import torch
 from nets import make_pipe
@@ -75,3 +77,22 @@ def test_an_evaluation_is_counted(two):
         pipe(X)
     first, last = two.values(evaluate)
     assert (first[0], last[1]) == timeline.peak_bytes
+
+
+class Slow(nn.Module):
+    def forward(self, x):
+        time.sleep(0.005)
+        return x[:, :4] * 2
+
+
+def fall_behind(rank):
+    torch.manual_seed(3)
+    pipe = wrapped(nn.Sequential(nn.Linear(4, 4096), Slow()), [1, 1], 16, mean_square, two_pass=True)
+    with record(pipe, memory=True) as timeline:
+        pipe.train_step(X[:16, :4], X[:16, :4])
+    return timeline.peak_bytes
+
+
+def test_boundaries_of_two_passes_do_not_queue_up(two):
+    _, last = two.values(fall_behind)
+    assert last[1] < 7 * 4096 * 4  # two wait, one arrives, one is computed and one copied, one is a gradient; not 16
