@@ -208,6 +208,16 @@ def test_a_frozen_start_and_a_frozen_net():
             assert_same(*found)
 
 
+@every_keep
+def test_tied_parameters(keep):
+    def make():
+        module = linears()
+        module[2].weight = module[0].weight
+        return module
+
+    assert_both(make, torch.randn(7, 4), torch.randn(7, 4), checkpoint=keep)
+
+
 def test_autocast_is_the_callers_in_both_forwards():
     def make():
         return nn.Sequential(nn.Linear(4, 4), Island(), nn.Linear(4, 4))
