@@ -147,9 +147,9 @@ def _candidates(folder: Path, warn: Callable[[str], None]) -> list[Path]:
     except (OSError, ValueError) as error:
         warn(f"{folder / _LATEST} cannot be read ({error}); taking the newest save")
         return paths
-    if name not in [path.name for path in paths]:
+    if name not in [path_of(folder, _step(path)).name for path in paths]:
         warn(f"{folder / _LATEST} names {name[:40]!r}, which is no save there; taking the newest save")
-    return sorted(paths, key=lambda path: path.name != name)
+    return sorted(paths, key=lambda path: path_of(folder, _step(path)).name != name)
 
 
 def _step(path: Path) -> int:
@@ -191,7 +191,7 @@ def _sweep(folder: Path, step: int, keep: int) -> None:
     """Delete what is not among the newest ``keep`` saves, and what a killed run left half-written."""
     saves = {path: _step(path) for path in folder.glob("step-*") if _step(path) >= 0}
     kept = sorted(other for other in saves.values() if other <= step)[-keep:]
-    leftovers = [path for pattern in (".step-*.partial", ".step-*.replaced") for path in folder.glob(pattern)]
+    leftovers = [path for pattern in (".*.partial", ".step-*.replaced") for path in folder.glob(pattern)]
     for path in [path for path, other in saves.items() if other not in kept] + leftovers:
         try:
             _delete(path)
@@ -200,8 +200,9 @@ def _sweep(folder: Path, step: int, keep: int) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Delete a folder; no one ever finds half of it under the name of a save."""
-    if not path.exists():
+    """Delete a folder, or a file; no one ever finds half of it under the name of a save."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
         return
     gone = path if path.name.endswith(".partial") else path.with_name(f".{path.name.removeprefix('.')}.gone.partial")
     if path != gone:

@@ -141,17 +141,16 @@ class Trained:
             self.optimizer.load_state_dict(optimizer)
 
     def undo(self) -> Callable[[], None]:
-        """A call that puts all back to what it is now."""
-        model = _copied(self.module)
-        loss = None if self.loss is None else _copied(self.loss)
-        optimizer = None if self.optimizer is None else self.optimizer.state_dict()  # loading makes new tensors
+        """A call that puts all back to what it is now, past the hooks that may have made loading fail."""
+        modules = [(module, _copied(module)) for module in (self.module, self.loss) if module is not None]
+        optimizer = self.optimizer
+        kept = {} if optimizer is None else {"state": optimizer.state, "param_groups": optimizer.param_groups}
 
         def put_back() -> None:
-            self.module.load_state_dict(model)
-            if self.loss is not None and loss is not None:
-                self.loss.load_state_dict(loss)
-            if self.optimizer is not None and optimizer is not None:
-                self.optimizer.load_state_dict(optimizer)
+            if optimizer is not None:
+                optimizer.__setstate__(kept)  # loading has made new ones
+            for module, values in modules:
+                _put_back(module, values)
 
         return put_back
 
@@ -236,6 +235,14 @@ def _described(module: nn.Module, kind: str, put: Callable[[str, Tensor], JSON])
 
 def _copied(module: nn.Module) -> State:
     return {name: copy.deepcopy(v.detach() if isinstance(v, Tensor) else v) for name, v in module.state_dict().items()}
+
+
+def _put_back(module: nn.Module, values: State) -> None:
+    for name, value in module.state_dict().items():
+        if isinstance(value, Tensor):
+            value.copy_(values[name])
+    if not all(isinstance(value, Tensor) for value in values.values()):
+        module.load_state_dict(values)
 
 
 def _check_plain(key: str, tensor: Tensor) -> None:
