@@ -1,8 +1,16 @@
 """The two ends of a route between ranks, over gloo point-to-point messages.
 
-A message begins with a slot of fixed size, for which its receiver waits ahead: numbers, and what fits behind them of
-the header, sent if it differs from the route's last, and of the bytes; else these follow. A thread for each incoming
-route receives while the rank computes; one for each outgoing route keeps what is sent until it has gone.
+A message begins with a slot of fixed size, for which its receiver waits ahead: numbers, and behind them, where they
+fit, the header, sent if it differs from the route's last, and the bytes of the tensors.
+
+Tensors that do not fit follow. As most messages are laid out as the one before, the receiver waits ahead for tensors
+of the same sizes too: they travel at once, not only when it has read the slot, which would take the link's latency
+twice more. Every slot is therefore followed by as many messages as the route's last message had tensors outside its
+slot: tensors, or, where the layout is another, a byte each, since gloo lets a message be shorter than what waits for
+it. The tensors of another layout then follow as soon as the receiver is ready for them.
+
+A thread for each incoming route receives while the rank computes; one for each outgoing route keeps what is sent until
+it has gone.
 """
 
 from __future__ import annotations
@@ -12,6 +20,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import IntEnum
 from queue import SimpleQueue
 from typing import Any
 
@@ -21,11 +30,20 @@ from torch import Tensor
 
 from gpipe.boundary import Boundary
 from gpipe.packing import Arrival, Message, pack
-from gpipe.transport import Channel
+from gpipe.transport import Aborted, Channel
 
 _STOP = -1  # in place of a micro-batch: nothing more will come
-_NUMBERS = 5 * 8  # bytes: micro-batch, bytes of the header, its checksum, number of tensors, whether all is in the slot
-_SLOT = 4096  # bytes; messages as small as this need one exchange, not two
+_NUMBERS = 5 * 8  # bytes: micro-batch, bytes of the header (0: as before), its checksum, number of tensors, their place
+_SLOT = 4096  # bytes
+_ROOM = _SLOT - _NUMBERS
+
+
+class _Place(IntEnum):
+    """Where the tensors of a message are."""
+
+    SLOT = 0  # behind the header
+    AWAITED = 1  # where the receiver waits ahead
+    BEHIND = 2  # behind what it waits for ahead
 
 
 class ConnectionLost(RuntimeError):
@@ -69,38 +87,39 @@ class Outgoing:
         self.route = route
         self._on_loss = on_loss
         self._header = b""
+        self._awaited = 0  # tensors for which the receiver waits together with the next slot
+        self._stopped = False
         self._stream = None if route.device.type == "cpu" else torch.Stream(route.device)
-        self._lock = threading.Lock()  # one message's tensors follow each other
+        self._lock = threading.Lock()  # one message after the other, and none behind the last
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = _started(_run_jobs, self._jobs, f"gpipe-send-{route.source}-to-{route.target}")
 
     def send(self, micro_batch: int, message: Message) -> None:
-        """Begin to send a message; what it holds is kept until it has gone."""
-        header, buffers = pack(message, self.route.device)
-        changed = header != self._header
-        self._header = header
-        text = [torch.frombuffer(bytearray(header), dtype=torch.uint8)] if changed else []
-        rest = [*text, *buffers]
-        fits = self._stream is None and sum(part.numel() for part in rest) <= _SLOT - _NUMBERS
-        slot = _slot([micro_batch, len(header) if changed else 0, zlib.crc32(header), len(buffers), fits])
-        if fits and rest:
-            joined = torch.cat(rest)
-            slot[_NUMBERS : _NUMBERS + len(joined)] = joined
-        tensors = [slot] if fits else [slot, *rest]
-        if self._stream is None:
-            works = self._posted(tensors)
-            self._jobs.put(lambda: self._wait(works, tensors))
-        else:
-            ready = torch.accelerator.current_stream(self.route.device).record_event()
-            self._jobs.put(lambda: self._stage(ready, tensors))
+        """Begin to send a message; what it holds is kept until it has gone.
+
+        Raises:
+            Aborted: The route was stopped. ConnectionLost: The other rank is gone.
+        """
+        with self._lock:
+            if self._stopped:
+                raise Aborted
+            tensors = self._laid_out(micro_batch, *pack(message, self.route.device))
+            if self._stream is None:
+                works = self._posted(tensors)
+                self._jobs.put(lambda: self._wait(works, tensors))
+            else:
+                ready = torch.accelerator.current_stream(self.route.device).record_event()
+                self._jobs.put(lambda: self._stage(ready, tensors))
 
     def stop(self) -> None:
         """Tell the receiver that nothing more will come, behind what has been sent."""
-        slot = _slot([_STOP, 0, 0, 0, 0])
+        with self._lock:
+            self._stopped = True
+            tensors = [_slot([_STOP, 0, 0, 0, 0]), *self._crumbs()]
 
         def send() -> None:
             with suppress(RuntimeError):
-                self._wait(self._posted([slot]), [slot])
+                self._wait(self._posted(tensors), tensors)
 
         self._jobs.put(send)
 
@@ -112,10 +131,30 @@ class Outgoing:
         """Let the thread end."""
         self._jobs.put(None)
 
+    def _laid_out(self, micro_batch: int, header: bytes, buffers: list[Tensor]) -> list[Tensor]:
+        """All that is sent for a message, in order."""
+        text = b"" if header == self._header else header
+        inside = [torch.frombuffer(bytearray(text), dtype=torch.uint8)] if 0 < len(text) <= _ROOM else []
+        behind = [torch.frombuffer(bytearray(text), dtype=torch.uint8)] if len(text) > _ROOM else []
+        if self._stream is None and len(text) + sum(b.numel() for b in buffers) <= _ROOM:
+            place, tensors = _Place.SLOT, self._crumbs()
+            inside += buffers
+            self._awaited = 0
+        else:
+            place = _Place.BEHIND if text or self._awaited != len(buffers) else _Place.AWAITED
+            crumbs = self._crumbs() if place == _Place.BEHIND else []
+            tensors = [*crumbs, *behind, *buffers]
+            self._awaited = len(buffers)
+        self._header = header
+        return [_slot([micro_batch, len(text), zlib.crc32(header), len(buffers), place], inside), *tensors]
+
+    def _crumbs(self) -> list[Tensor]:
+        """Something for each of the receives that wait for tensors as in the last message."""
+        return [torch.zeros(1, dtype=torch.uint8, device="cpu")] * self._awaited
+
     def _posted(self, tensors: Sequence[Tensor]) -> list[dist.Work]:
         try:
-            with self._lock:
-                return [self.route.send(t) for t in tensors]
+            return [self.route.send(t) for t in tensors]
         except RuntimeError as error:
             raise ConnectionLost(f"rank {self.route.target} cannot be reached: {error}") from error
 
@@ -126,10 +165,10 @@ class Outgoing:
         with self._stream:
             self._stream.wait_event(ready)
             for t in tensors:
-                host = torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
                 if t.device.type != "cpu":
                     t.record_stream(self._stream)
-                hosts.append(host)
+                    t = torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+                hosts.append(t)
         self._stream.synchronize()
         try:
             self._wait(self._posted(hosts), hosts)
@@ -145,6 +184,19 @@ class Outgoing:
             self._on_loss(ConnectionLost(f"rank {self.route.target} cannot be reached: {error}"))
 
 
+@dataclass
+class _Arriving:
+    """A message, or None, on its way into memory, and what carries it there."""
+
+    arrival: Arrival | None
+    works: Sequence[dist.Work]
+
+    def wait(self) -> None:
+        """Return when all of it is there."""
+        for work in self.works:
+            work.wait()
+
+
 class Incoming:
     """The receiving end of a route."""
 
@@ -152,6 +204,7 @@ class Incoming:
         self.route = route
         self._on_loss = on_loss
         self._header = b""
+        self._alike = False  # whether the next message is awaited with the tensors of the last
         self._stopped = False
         self._stream = None if route.device.type == "cpu" else torch.Stream(route.device)
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -177,18 +230,17 @@ class Incoming:
             for left in reversed(range(count)):
                 if self._stopped:
                     return
-                slot, work = ahead or self._posted()
+                slot, work, awaited = ahead or self._posted()
                 work.wait()
-                micro_batch, size, check, number, fits = slot[:_NUMBERS].view(torch.int64).tolist()
+                micro_batch, *numbers = slot[:_NUMBERS].view(torch.int64).tolist()
                 if micro_batch == _STOP:
                     self._stopped = True
+                    awaited.wait()
                     return
-                rest = slot[_NUMBERS:] if fits else None
-                arrival, works = self._arriving(size, check, number, rest)
+                arriving = self._arriving(slot[_NUMBERS:], awaited, *numbers)
                 ahead = self._posted() if left else None
-                for work in works:
-                    work.wait()
-                message = self._opened(arrival, compute)
+                arriving.wait()
+                message = self._opened(arriving.arrival, compute)
                 if channel is not None:
                     channel.put(micro_batch, message)
         except RuntimeError as error:
@@ -200,38 +252,53 @@ class Incoming:
         self._stopped = True
         self._on_loss(error)
 
-    def _posted(self) -> tuple[Tensor, dist.Work]:
-        """A slot for the next message, and what receives it."""
+    def _posted(self) -> tuple[Tensor, dist.Work, _Arriving]:
+        """A slot for the next message, what receives it, and what is awaited together with it."""
         slot = torch.empty(_SLOT, dtype=torch.uint8, device="cpu")
-        return slot, self.route.receive(slot)
+        work = self.route.receive(slot)
+        arrival = Arrival(self._header, self.route.device) if self._alike else None
+        return slot, work, self._receiving(arrival)
 
-    def _arriving(self, size: int, check: int, number: int, rest: Tensor | None) -> tuple[Arrival, list[dist.Work]]:
+    def _receiving(self, arrival: Arrival | None) -> _Arriving:
+        return _Arriving(arrival, [self.route.receive(buffer) for buffer in arrival.buffers] if arrival else [])
+
+    def _arriving(
+        self, inside: Tensor, awaited: _Arriving, size: int, check: int, number: int, place: int
+    ) -> _Arriving:
         """A message whose slot has come.
 
         Args:
-            size: Bytes of its header, 0 if that is the last one's.
+            inside: What was in the slot behind the numbers.
+            awaited: What was awaited together with the slot.
+            size: Bytes of the message's header, 0 if that is the last one's.
             check: The header's checksum.
             number: Of tensors.
-            rest: What was in the slot behind the numbers, if that is all; None if it follows.
+            place: Where they are.
         """
+        if place != _Place.AWAITED:
+            awaited.wait()
         if size:
-            text = torch.empty(size, dtype=torch.uint8, device="cpu") if rest is None else rest[:size]
-            if rest is None:
+            text = inside[:size]
+            if size > _ROOM:
+                text = torch.empty(size, dtype=torch.uint8, device="cpu")
                 self.route.receive(text).wait()
             self._header = text.numpy().tobytes()
-        arrival = Arrival(self._header, self.route.device)
-        if zlib.crc32(self._header) != check or len(arrival.buffers) != number:
+        self._alike = place != _Place.SLOT
+        arrival = awaited.arrival if place == _Place.AWAITED else Arrival(self._header, self.route.device)
+        if arrival is None or zlib.crc32(self._header) != check or len(arrival.buffers) != number:
             raise ValueError(
                 f"rank {self.route.source} announced a message of {number} tensors that does not match its description"
             )
-        if rest is None:
-            return arrival, [self.route.receive(buffer) for buffer in arrival.buffers]
-        for buffer in arrival.buffers:
-            buffer.copy_(rest[size : size + len(buffer)])
-            size += len(buffer)
-        return arrival, []
+        if place == _Place.BEHIND:
+            return self._receiving(arrival)
+        if place == _Place.SLOT:
+            for buffer in arrival.buffers:
+                buffer.copy_(inside[size : size + len(buffer)])
+                size += len(buffer)
+        return _Arriving(arrival, awaited.works)
 
-    def _opened(self, arrival: Arrival, compute: torch.Stream | None) -> Message:
+    def _opened(self, arrival: Arrival | None, compute: torch.Stream | None) -> Message:
+        assert arrival is not None
         if self._stream is None or compute is None:
             return arrival.message()
         with self._stream:
@@ -243,10 +310,14 @@ class Incoming:
         return message
 
 
-def _slot(numbers: Sequence[int]) -> Tensor:
-    """A slot that begins with these numbers."""
+def _slot(numbers: Sequence[int], inside: Sequence[Tensor] = ()) -> Tensor:
+    """A slot that begins with these numbers; behind them bytes."""
     slot = torch.empty(_SLOT, dtype=torch.uint8, device="cpu")
     slot[:_NUMBERS].view(torch.int64).copy_(torch.tensor(numbers, dtype=torch.int64, device="cpu"))
+    end = _NUMBERS
+    for part in inside:
+        slot[end : end + len(part)] = part
+        end += len(part)
     return slot
 
 
