@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from gpipe.agreement import Facts, agree
+from gpipe.agreement import Facts, agree, told
 from gpipe.cells import refuse_sharing
 from gpipe.choosing import AnySchedule, chosen
 from gpipe.deferred import Recorded, recorded
+from gpipe.direct import accelerator, direct
 from gpipe.error_board import ErrorBoard
 from gpipe.group_transport import Key, Lane, Wires
 from gpipe.partitioning.cells import Cell, cells_of
@@ -147,6 +148,7 @@ class _Joining:
         if isinstance(self._settings.loss_fn, nn.Module) and self._hosts[-1] == self._rank:
             self._settings.loss_fn.to(self._device)
         alone = len(mine) == 1
+        accelerators = told(store, self._rank, self._ranks, "accelerator", accelerator(self._device))
         stages = {k: Stage(k, self._groups[k], self._ends[k], self._device, alone) for k in mine}
         return Joined(
             module=self._module,
@@ -156,7 +158,7 @@ class _Joining:
             checkpoint=self._checkpoint,
             seed=seed,
             share=Share(self._rank, self._hosts, stages, self._device),
-            wires=Wires(self._rank, _routes(self._hosts, self._ranks, self._device)),
+            wires=Wires(self._rank, _routes(self._hosts, self._rank, accelerators, self._device)),
             board=ErrorBoard(store, self._ranks),
         )
 
@@ -241,9 +243,9 @@ def _described(cell: Cell) -> str:
     return f"{name!r}, {type(module).__name__} with {', '.join(held) or 'no parameters'}"
 
 
-def _routes(hosts: Sequence[int], ranks: int, device: torch.device) -> dict[Key, Route]:
-    """All routes, with tags in the same order on every rank."""
-    if ranks == 1:
+def _routes(hosts: Sequence[int], rank: int, accelerators: Sequence[str], device: torch.device) -> dict[Key, Route]:
+    """All routes, with tags and groups in the same order on every rank."""
+    if len(accelerators) == 1:
         return {}
     forward, backward = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
     assert isinstance(forward, dist.ProcessGroup)
@@ -257,8 +259,9 @@ def _routes(hosts: Sequence[int], ranks: int, device: torch.device) -> dict[Key,
         ways.append(((here, there, Lane.START), here, there, forward, cpu))
         ways.append(((there, here, Lane.DONE), there, here, backward, cpu))
         ways.append(((here, there, Lane.ALL_DONE), here, there, forward, cpu))
-    return {
-        key: Route(source, target, tag, group, at)
-        for tag, (key, source, target, group, at) in enumerate(ways)
-        if source != target
-    }
+    routes: dict[Key, Route] = {}
+    for tag, (key, source, target, group, at) in enumerate(ways):
+        if source != target:
+            straight = None if isinstance(key[2], Lane) else direct(source, target, accelerators, rank)
+            routes[key] = Route(source, target, tag, group, at, straight)
+    return routes

@@ -14,7 +14,7 @@ import torch.distributed as dist
 class World:
     """A torch.distributed world on this machine."""
 
-    def __init__(self, ranks):
+    def __init__(self, ranks, backend="gloo"):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch._dynamo", "torch.distributed", "gpipe.distributed", "nets"])
         with socket.socket() as free:
@@ -23,7 +23,7 @@ class World:
         ends = [context.Pipe() for _ in range(ranks)]
         self._pipes = [ours for ours, _ in ends]
         self.processes = [
-            context.Process(target=_serve, args=(rank, ranks, port, theirs), daemon=True)
+            context.Process(target=_serve, args=(rank, ranks, port, theirs, backend), daemon=True)
             for rank, (_, theirs) in enumerate(ends)
         ]
         for process in self.processes:
@@ -78,10 +78,10 @@ class Raised:
         self.seconds = seconds
 
 
-def _serve(rank, ranks, port, pipe):
+def _serve(rank, ranks, port, pipe, backend):
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # otherwise looks this machine's name up, which may take 5 seconds
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    dist.init_process_group(backend, f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     while True:
         try:
             function, args = pickle.loads(pipe.recv_bytes())
