@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from time import perf_counter
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import nn
 
 import gpipe
 from benchmarks.harness import Result, interleave, own_process, report
+from benchmarks.namespaces import Host
 from benchmarks.throughput import BATCH, FEED_FORWARD, LAYERS, SEQUENCE, STAGES, WIDTH, accumulate, data, layers
 
 LOOP, CEILING = "plain loop", "ceiling"
@@ -29,6 +30,7 @@ OURS = {"DistributedGPipe gpipe": "gpipe", "DistributedGPipe 1F1B": "one_f_one_b
 TORCHS = {"torch ScheduleGPipe": "ScheduleGPipe", "torch Schedule1F1B": "Schedule1F1B"}
 
 Step = Callable[[], Any]
+Make = Callable[[int, str, int], Step]
 
 
 def _loop(rank: int, chunks: int) -> Step:
@@ -90,57 +92,73 @@ def _made(rank: int, name: str, chunks: int) -> Step:
     return (_loop if name == LOOP else _ceiling)(rank, chunks)
 
 
-def _rank(rank: int, port: int, pipe: Connection) -> None:
-    """A process that runs what it is told to: answers every (contender, M) with seconds, or with what went wrong."""
+def _rank(rank: int, port: int, host: Host | None, make: Make, pipe: Connection) -> None:
+    """A process that runs what it is told to: answers every (name, M) with seconds and result, or what went wrong."""
     torch.set_num_threads(1)
+    if host is not None:
+        host.enter()
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=STAGES)
+    os.environ["GLOO_SOCKET_IFNAME"] = loopback if host is None else host.interface
+    address = "127.0.0.1" if host is None else host.first
+    dist.init_process_group("gloo", f"tcp://{address}:{port}", rank=rank, world_size=STAGES)
     steps: dict[tuple[str, int], Step] = {}
     with suppress(EOFError):
-        while (contender := pipe.recv()) is not None:
+        while True:
+            contender = pipe.recv()
             try:
                 if contender not in steps:
                     torch.manual_seed(0)
-                    steps[contender] = _made(rank, *contender)
+                    steps[contender] = make(rank, *contender)
                 dist.barrier()
                 start = perf_counter()
-                steps[contender]()
+                result = steps[contender]()
                 seconds = perf_counter() - start
                 dist.barrier()
-                pipe.send(seconds)
+                pipe.send((seconds, result))
             except Exception:
                 pipe.send(traceback.format_exc())
     os._exit(0)  # the other rank may be gone: no farewell
 
 
 class Ranks:
-    """A world of rank processes on this machine."""
+    """A world of rank processes.
 
-    def __init__(self) -> None:
+    Args:
+        make: ``make(rank, name, chunks)`` gives, on a rank, a step to be timed, which returns what can be pickled.
+        hosts: Where each runs; None for this machine.
+    """
+
+    def __init__(self, make: Make, hosts: Sequence[Host | None] = (None,) * STAGES) -> None:
         spawn = multiprocessing.get_context("spawn")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self._pipes, self._processes = [], []
-        for rank in range(STAGES):
+        for rank, host in enumerate(hosts):
             ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_rank, args=(rank, port, theirs), daemon=True)
+            process = spawn.Process(target=_rank, args=(rank, port, host, make, theirs), daemon=True)
             process.start()
             theirs.close()
             own_process(process.pid or 0)
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, name: str, chunks: int) -> float:
-        """Seconds until the slower rank is done with one mini-batch."""
+    def run(self, name: str, chunks: int) -> list[tuple[float, Any]]:
+        """Every rank's seconds for one step, and what that returned."""
         for pipe in self._pipes:
             pipe.send((name, chunks))
-        answers = [pipe.recv() for pipe in self._pipes]
-        for rank, answer in enumerate(answers):
-            if isinstance(answer, str):
-                raise RuntimeError(f"rank {rank} failed in {name}, M={chunks}:\n{answer}")
-        return max(answers)
+        answers: dict[int, Any] = {}
+        while len(answers) < STAGES:
+            for pipe in wait([p for k, p in enumerate(self._pipes) if k not in answers]):
+                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+                answers[rank] = self._pipes[rank].recv()
+                if isinstance(answers[rank], str):  # the other may wait for it
+                    raise RuntimeError(f"rank {rank} failed in {name}, M={chunks}:\n{answers[rank]}")
+        return [answers[rank] for rank in range(STAGES)]
+
+    def slowest(self, name: str, chunks: int) -> float:
+        """Seconds until the slower rank is done with one step."""
+        return max(seconds for seconds, _ in self.run(name, chunks))
 
     def close(self) -> None:
         """End the processes, whatever they do."""
@@ -162,9 +180,9 @@ def compare(against_torch: bool, rounds: int, chunks: Sequence[int]) -> None:
     """
     pipes = [*OURS, *(TORCHS if against_torch else ())]
     turns = [(LOOP, chunks[0]), *((name, m) for m in chunks for name in [*pipes, CEILING])]
-    ranks = Ranks()
+    ranks = Ranks(_made)
     try:
-        samples = interleave({f"{name}, M={m}": partial(ranks.run, name, m) for name, m in turns}, rounds)
+        samples = interleave({f"{name}, M={m}": partial(ranks.slowest, name, m) for name, m in turns}, rounds)
     finally:
         ranks.close()
     loop = samples[f"{LOOP}, M={chunks[0]}"].median

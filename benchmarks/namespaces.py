@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 _TUN, _NO_PACKET_INFORMATION, _ATTACH = 0x0001, 0x1000, 0x400454CA  # linux/if_tun.h
 _NETWORK = 0x40000000  # CLONE_NEWNET
@@ -36,11 +37,13 @@ class Host:
         name: Of its namespace.
         interface: Its end of the link.
         address: There.
+        first: The first host's address.
     """
 
     name: str
     interface: str
     address: str
+    first: str
 
     def enter(self) -> None:
         """Move the calling thread, and those it will start, there."""
@@ -50,9 +53,17 @@ class Host:
                 raise OSError(ctypes.get_errno(), f"cannot enter the namespace {self.name}")
 
 
+class Network(NamedTuple):
+    """What there is."""
+
+    hosts: list[Host]
+    link: str  # how it is made
+    processes: list[int]  # that carry packets
+
+
 @contextmanager
-def two_hosts(delay: float, bandwidth: float) -> Iterator[tuple[list[Host], str]]:
-    """Two hosts, and how they are joined, which last as long as the context.
+def two_hosts(delay: float, bandwidth: float) -> Iterator[Network]:
+    """Two hosts and their link, which last as long as the context.
 
     Args:
         delay: Seconds from one to the other.
@@ -61,7 +72,8 @@ def two_hosts(delay: float, bandwidth: float) -> Iterator[tuple[list[Host], str]
     Raises:
         Unavailable: They cannot be made here.
     """
-    hosts = [Host(name, name, f"10.213.0.{k + 1}") for k, name in enumerate((f"gp{os.getpid()}a", f"gp{os.getpid()}b"))]
+    names, first = (f"gp{os.getpid()}a", f"gp{os.getpid()}b"), "10.213.0.1"
+    hosts = [Host(name, name, address, first) for name, address in zip(names, (first, "10.213.0.2"), strict=True)]
     relay: subprocess.Popen[str] | None = None
     try:
         for host in hosts:
@@ -75,7 +87,7 @@ def two_hosts(delay: float, bandwidth: float) -> Iterator[tuple[list[Host], str]
             _ip("-n", host.name, "link", "set", "lo", "up")
             _ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", host.interface)
             _ip("-n", host.name, "link", "set", host.interface, "mtu", str(_MTU), "up")
-        yield hosts, how
+        yield Network(hosts, how, [relay.pid] if relay else [])
     finally:
         for host in hosts:
             with suppress(Unavailable):

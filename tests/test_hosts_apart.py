@@ -18,10 +18,10 @@ from benchmarks.namespaces import Unavailable, two_hosts
 def apart():
     with ExitStack() as stack:
         try:
-            hosts, _ = stack.enter_context(two_hosts(delay=0.02, bandwidth=12.5e6))
+            network = stack.enter_context(two_hosts(delay=0.02, bandwidth=12.5e6))
         except Unavailable as error:
             pytest.skip(f"needs network namespaces, with a link between them: {error}")
-        world = World(2, hosts=hosts)
+        world = World(2, hosts=network.hosts)
         stack.callback(world.close)
         yield world
 

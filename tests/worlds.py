@@ -20,7 +20,7 @@ class World:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        address = f"tcp://{hosts[0].address if hosts else '127.0.0.1'}:{port}"
+        address = f"tcp://{hosts[0].first if hosts else '127.0.0.1'}:{port}"
         ends = [context.Pipe() for _ in range(ranks)]
         self._pipes = [ours for ours, _ in ends]
         self.processes = [
