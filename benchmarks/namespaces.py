@@ -89,15 +89,15 @@ def two_hosts(delay: float, bandwidth: float) -> Iterator[Network]:
             _ip("-n", host.name, "link", "set", host.interface, "mtu", str(_MTU), "up")
         yield Network(hosts, how, [relay.pid] if relay else [])
     finally:
-        for host in hosts:
-            with suppress(Unavailable):
-                _ip("netns", "del", host.name)
         if relay is not None:
             relay.kill()
             relay.wait()
             for pipe in (relay.stdin, relay.stdout):
                 if pipe is not None:
                     pipe.close()
+        for host in hosts:
+            with suppress(Unavailable):
+                _ip("netns", "del", host.name)
 
 
 def _veth(hosts: list[Host], delay: float, bandwidth: float) -> None:

@@ -120,6 +120,7 @@ class DistributedGPipe(nn.Module):
                 )
             line = Line(self._share, transport)
             rows = self._started(line, "train_step", inputs)
+            line.will_be_done()
             own = self._mini_batch_step if self.loss_over == "mini_batch" else self._micro_batch_step
             if self._share.is_last:
                 self._check_targets(targets, rows)

@@ -46,7 +46,11 @@ class Line:
         Raises:
             RuntimeError: The first rank does something else.
         """
-        told: list[Any] = [call, mode, step, rows] if self._before is None else self._heard(self._before, Lane.START)
+        if self._before is None:
+            told: list[Any] = [call, mode, step, rows]
+        else:
+            self._await(self._before, Lane.START)
+            told = self._heard(self._before, Lane.START)
         self._pass_on(Lane.START, told)
         if told[:3] != [call, mode, step]:
             raise RuntimeError(
@@ -55,8 +59,17 @@ class Line:
             )
         return int(told[3])
 
+    def will_be_done(self) -> None:
+        """Make ready to hear that others have done their part: far away, that is at once when they say so."""
+        if self._behind is not None:
+            self._await(self._behind, Lane.DONE)
+        if self._before is not None:
+            self._await(self._before, Lane.ALL_DONE)
+
     def all_done(self, loss: Tensor | None) -> Tensor:
         """Wait until every rank has done its part, so that none takes gradients of a step that failed.
+
+        ``will_be_done`` comes first.
 
         Args:
             loss: Where the last stage is.
@@ -75,8 +88,10 @@ class Line:
         assert told is not None
         return told if loss is None else loss
 
-    def _heard(self, rank: int, lane: Lane) -> list[Any]:
+    def _await(self, rank: int, lane: Lane) -> None:
         self._transport.open((rank, self._rank, lane), 1)
+
+    def _heard(self, rank: int, lane: Lane) -> list[Any]:
         message: list[Any] = self._transport.receive(rank, self._rank, lane, 0)
         return message
 
