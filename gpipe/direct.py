@@ -40,6 +40,13 @@ class Direct:
         """Receive; on an accelerator its current stream waits until they have come, elsewhere the caller."""
         _ended([dist.irecv(t, self.source, self.group) for t in tensors])
 
+    def greet(self, rank: int, device: torch.device) -> None:
+        """Pass a byte, which makes the communicator: later it would be made beside kernels that wait for others."""
+        byte = [torch.zeros(1, dtype=torch.uint8, device=device)]
+        (self.send if rank == self.source else self.receive)(byte)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
     def abort(self) -> None:
         """End what waits for a rank that is gone."""
         self.group.abort()
@@ -58,14 +65,17 @@ def accelerator(device: torch.device) -> str:
     return f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
 
 
-def direct(source: int, target: int, accelerators: Sequence[str], rank: int) -> Direct | None:
-    """What carries a route's tensors, if both ranks have an accelerator of their own. Every rank calls it alike.
+def direct(source: int, target: int, accelerators: Sequence[str], rank: int, device: torch.device) -> Direct | None:
+    """What carries a route's tensors, if both ranks have an accelerator of their own.
+
+    Every rank calls it, for all routes in the same order.
 
     Args:
         source: Where the route begins.
         target: Where it ends.
         accelerators: What ``accelerator`` gave on every rank.
         rank: This rank; others than the two ends get None.
+        device: Where this rank's stages live.
     """
     ends = accelerators[source], accelerators[target]
     if source == target or not all(ends) or ends[0] == ends[1]:
@@ -74,4 +84,6 @@ def direct(source: int, target: int, accelerators: Sequence[str], rank: int) -> 
     if rank not in (source, target):
         return None
     assert isinstance(group, dist.ProcessGroup)
-    return Direct(group, source, target)
+    carrier = Direct(group, source, target)
+    carrier.greet(rank, device)
+    return carrier

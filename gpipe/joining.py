@@ -262,6 +262,6 @@ def _routes(hosts: Sequence[int], rank: int, accelerators: Sequence[str], device
     routes: dict[Key, Route] = {}
     for tag, (key, source, target, group, at) in enumerate(ways):
         if source != target:
-            straight = None if isinstance(key[2], Lane) else direct(source, target, accelerators, rank)
+            straight = None if isinstance(key[2], Lane) else direct(source, target, accelerators, rank, device)
             routes[key] = Route(source, target, tag, group, at, straight)
     return routes

@@ -2,12 +2,18 @@
 
 import threading
 import time
+from contextlib import ExitStack
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from worlds import World
+import torch.nn.functional as F
+from nets import assert_same, gradients, make_pipe
+from test_distributed import joined, wrapped
+from test_failures import Bomb
+from torch import nn
+from worlds import Raised, World
 
 from gpipe.direct import Direct, accelerator, direct
 from gpipe.group_transport import GroupTransport, Wires
@@ -155,15 +161,15 @@ def test_a_stop_leaves_nothing_that_waits(two, straight):
 
 
 def gloo_instead(new_group):
-    return lambda ranks, backend: new_group(ranks, backend="gloo")
+    return lambda ranks=None, backend=None: new_group(ranks, backend="gloo")
 
 
 def choose(rank):
     with mock.patch("gpipe.direct.dist.new_group", side_effect=gloo_instead(dist.new_group)) as made:
-        same = direct(0, 1, ["h GPU-1", "h GPU-1"], rank)
-        cpu = direct(0, 1, ["h GPU-1", ""], rank)
+        same = direct(0, 1, ["h GPU-1", "h GPU-1"], rank, CPU)
+        cpu = direct(0, 1, ["h GPU-1", ""], rank, CPU)
         assert not made.called
-        own = direct(1, 0, ["h GPU-1", "h GPU-2"], rank)
+        own = direct(1, 0, ["h GPU-1", "h GPU-2"], rank, CPU)
     (call,) = made.call_args_list
     assert call.args == ([1, 0],)
     return same, cpu, (own.source, own.target), call.kwargs, accelerator(CPU), accelerator(torch.device("cuda", 0))
@@ -172,3 +178,51 @@ def choose(rank):
 def test_nccl_carries_what_passes_between_two_accelerators(two):
     for found in two.values(choose):
         assert found == (None, None, (1, 0), {"backend": "nccl"}, "", "")
+
+
+def straight_pipe(rank, module, balance, **options):
+    """A pipe with gloo in the place of NCCL, as if every rank had an accelerator."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch("gpipe.joining.accelerator", return_value=f"host GPU-{rank}"))
+        stack.enter_context(mock.patch("gpipe.direct.dist.new_group", side_effect=gloo_instead(dist.new_group)))
+        pipe = wrapped(module, balance, 4, F.mse_loss, loss_over="micro_batch", **options)
+    ends = [*pipe._wires.outgoing.values(), *pipe._wires.incoming.values()]
+    assert sum(end.route.direct is not None for end in ends) == 2 * (len(balance) - 1)
+    return pipe
+
+
+def wide():
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Linear(8, 500), nn.ReLU(), nn.Linear(500, 300), nn.Dropout(0.2), nn.Linear(300, 8))
+
+
+def train_straight(rank, balance, schedule):
+    pipe = straight_pipe(rank, wide(), balance, schedule=schedule)
+    for rows in (32, 32, 30, 3):
+        pipe.train_step(torch.ones(rows, 8), torch.zeros(rows, 8))
+    return gradients(pipe)
+
+
+@pytest.mark.parametrize(("balance", "schedule"), [([3, 2], "gpipe"), ([1, 1, 2, 1], "interleaved_one_f_one_b")])
+def test_a_pipe_whose_tensors_go_straight_has_the_same_bits(two, balance, schedule):
+    module = wide()
+    pipe = make_pipe(module, balance, 4)
+    for rows in (32, 32, 30, 3):
+        pipe.train_step(torch.ones(rows, 8), torch.zeros(rows, 8), F.mse_loss, "micro_batch", schedule=schedule)
+    assert_same(joined(two.values(train_straight, balance, schedule)), gradients(module))
+
+
+def fail_straight(rank, at):
+    module = wide()
+    bomb = module[at] = Bomb()
+    bomb.linear = nn.Identity()
+    pipe = straight_pipe(rank, module, [3, 2])
+    pipe.train_step(torch.ones(32, 8), torch.zeros(32, 8))
+    bomb.arm(ValueError("boom"), "forward", calls=2)
+    pipe.train_step(torch.ones(32, 8), torch.zeros(32, 8))
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_failure_ends_a_pipe_whose_tensors_go_straight(two, at):
+    found = two.run(fail_straight, at)
+    assert all(isinstance(raised, Raised) and "boom" in raised.message for raised in found)
