@@ -126,10 +126,17 @@ class Result:
     note: str = ""
 
 
-def report(name: str, results: Sequence[Result], samples: Mapping[str, Samples]) -> None:
-    """Print tables, and save them with the machine and every sample under ``benchmarks/results``."""
+def report(name: str, results: Sequence[Result], samples: Mapping[str, Samples], command: str = "") -> None:
+    """Print tables, and save them with the machine and every sample under ``benchmarks/results``.
+
+    Args:
+        name: Of the files.
+        results: The tables.
+        samples: Every contender's.
+        command: What follows ``python -m benchmarks.`` to make the report, where that is not ``name``.
+    """
     about = ", ".join(f"{k} {v}" for k, v in machine().items())
-    lines = [f"`python -m benchmarks.{name}`; {about}"]
+    lines = [f"`python -m benchmarks.{command or name}`; {about}"]
     for result in results:
         _print(result)
         lines += ["", f"## {result.title}", "", _line(result.columns), "|" + " --- |" * len(result.columns)]

@@ -1,13 +1,14 @@
 """How close does a two-stage CPU pipeline come to what two cores can do, and what does wrapping alone cost?
 
 Run: python -m benchmarks.throughput [--rounds 5] [--chunks 4 8 16]
+     python -m benchmarks.throughput --engine distributed [--against torch] ...   (see benchmarks/distributed.py)
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from time import perf_counter
 
@@ -104,11 +105,29 @@ class Ceiling:
 
 
 def main() -> None:
-    """Measure and report."""
+    """Read the arguments and measure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--chunks", type=int, nargs="+", default=list(CHUNKS))
-    rounds, chunks = parser.parse_args().rounds, parser.parse_args().chunks
+    parser.add_argument("--engine", choices=["threads", "distributed"], default="threads")
+    parser.add_argument("--against", choices=["torch"], help="with --engine distributed: torch's pipeline runs too")
+    given = parser.parse_args()
+    if given.engine == "distributed":
+        from benchmarks.distributed import compare
+
+        return compare(given.against == "torch", given.rounds, given.chunks)
+    if given.against:
+        parser.error("--against torch compares ranks: give --engine distributed too")
+    on_threads(given.rounds, given.chunks)
+
+
+def on_threads(rounds: int, chunks: Sequence[int]) -> None:
+    """Measure and report the pipeline on threads.
+
+    Args:
+        rounds: Counted rounds.
+        chunks: Numbers of micro-batches.
+    """
     torch.set_num_threads(1)
     x, y = data()
     plain = layers(LAYERS)

@@ -54,6 +54,20 @@ def agree(store: Store, rank: int, ranks: int, settle: Callable[[], Facts]) -> F
     return settled
 
 
+def told(store: Store, rank: int, ranks: int, name: str, value: str) -> list[str]:
+    """What every rank says of ``name``.
+
+    Args:
+        store: As for ``agree``.
+        rank: This rank.
+        ranks: How many there are.
+        name: What it is about.
+        value: What this rank says.
+    """
+    store.set(f"{name} {rank}", value)
+    return [_awaited(store, f"{name} {r}").decode() for r in range(ranks)]
+
+
 def _awaited(store: Store, key: str) -> bytes:
     """A value once it is there: looking again and again, unlike a wait in the store, hears Ctrl-C."""
     pause = 0.01

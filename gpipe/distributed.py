@@ -154,6 +154,7 @@ class DistributedGPipe(nn.Module):
                 self._averaging.expect()
             relay = Relay(self._share.position, transport)
             rows = self._started(relay, "train_step", inputs)
+            relay.will_be_done()
             self._check_step(targets, rows)
             scale = torch.ones((), device=self.device)
             if scaler is not None:
@@ -193,6 +194,7 @@ class DistributedGPipe(nn.Module):
         with self._running() as transport:
             relay = Relay(self._share.position, transport)
             relay.start("clip_grad_norm_", "training" if self.training else "eval", self.step)
+            relay.will_be_done()
             named = [(name, p.grad) for name, p in self.named_parameters() if p.grad is not None]
             told = relay.all_done({name: norms.norm(gradient, norm_type) for name, gradient in named})
             transport.flush()

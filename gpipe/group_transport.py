@@ -1,7 +1,8 @@
 """Channels between the ranks of a torch.distributed world.
 
 A route joins a stage (or, for control, a rank) to another on another rank, in one direction, and has a tag of its own.
-Opposite directions have a process group each: what goes forward never waits for what goes backward.
+Opposite directions have a process group each: what goes forward never waits for what goes backward. Between stages
+with an accelerator of their own a route also has an NCCL communicator.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Wires:
 
     def __init__(self, rank: int, routes: dict[Key, Route]) -> None:
         self._lost: Callable[[BaseException], None] = lambda error: None
+        self._directs = [r.direct for r in routes.values() if r.direct is not None]
         self.outgoing = {k: Outgoing(r, self._on_loss) for k, r in routes.items() if r.source == rank}
         self.incoming = {k: Incoming(r, self._on_loss) for k, r in routes.items() if r.target == rank}
         self._broken = False
@@ -66,6 +68,8 @@ class Wires:
     def _on_loss(self, error: BaseException) -> None:
         if not self._broken:
             self._lost(error)
+            for direct in self._directs:
+                direct.abort()
 
 
 class GroupTransport:

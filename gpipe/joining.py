@@ -13,18 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from gpipe.agreement import Facts, agree
+from gpipe.agreement import Facts, agree, told
 from gpipe.averaging import equalise
 from gpipe.choosing import AnySchedule, chosen
 from gpipe.deferred import Recorded, recorded
+from gpipe.direct import accelerator
 from gpipe.error_board import ErrorBoard
-from gpipe.group_transport import GroupTransport, Key, Lane, Wires
+from gpipe.group_transport import GroupTransport, Wires
 from gpipe.mesh import position
 from gpipe.partitioning.cells import Cell, cells_of
 from gpipe.partitioning.skips import skips_of
 from gpipe.partitioning.split import split_evenly
-from gpipe.relay import links
-from gpipe.routes import Route
+from gpipe.routing import Plan, connected
 from gpipe.schedule import Schedule
 from gpipe.settings import (
     Checkpoint,
@@ -41,7 +41,6 @@ from gpipe.slicing import Factory, keep_slice, materialise
 from gpipe.stage import Stage
 from gpipe.tied import Tied, tied_parameters
 from gpipe.tied_ranks import Shared, SharedValues, shared_parameters, ways
-from gpipe.transport import Direction
 from gpipe.ways import ways_of
 
 if TYPE_CHECKING:
@@ -177,6 +176,9 @@ class _Joining:
         alone = len(mine) == 1
         stages = {k: Stage(k, self._groups[k], self._ends[k], self._device, alone, self._ways[k]) for k in mine}
         kept = set(self._module.parameters())
+        plan = Plan(self._position, self._hosts, self._ways, ways(every), self._device)
+        ranks = dist.get_world_size()
+        accelerators = told(store, self._position.rank, ranks, "accelerator", accelerator(self._device))
         joined = Joined(
             module=self._module,
             cells=[self._cells[i] for i in own],
@@ -187,8 +189,8 @@ class _Joining:
             checkpoint=self._checkpoint,
             seed=seed,
             share=Share(self._position, self._hosts, stages, self._device, tied, shared),
-            wires=Wires(self._position.rank, self._routes(ways(every))),
-            board=ErrorBoard(store, dist.get_world_size()),
+            wires=Wires(self._position.rank, connected(plan, accelerators)),
+            board=ErrorBoard(store, ranks),
         )
         self._equalise(joined)
         return joined
@@ -207,38 +209,6 @@ class _Joining:
         transport = GroupTransport(joined.wires)
         SharedValues(joined.share.shared, self._position, transport).spread()
         transport.flush()
-
-    def _routes(self, shared: Sequence[tuple[int, int, Lane]]) -> dict[Key, Route]:
-        """All routes of this rank's pipeline and of the relay, with tags in the same order on every rank.
-
-        Args:
-            shared: Workers that tell each other of shared parameters.
-        """
-        if dist.get_world_size() == 1:
-            return {}
-        forward, backward = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
-        assert isinstance(forward, dist.ProcessGroup)
-        assert isinstance(backward, dist.ProcessGroup)
-        cpu, ranks = torch.device("cpu"), self._position.pipeline
-        at = [ranks[host] for host in self._hosts]
-        found: list[tuple[Key, int, int, dist.ProcessGroup, torch.device]] = []
-        for k, t in pairwise(range(len(at))):
-            found.append(((k, t, Direction.FORWARD), at[k], at[t], forward, self._device))
-            found.append(((t, k, Direction.BACKWARD), at[t], at[k], backward, self._device))
-        for k, t in [(k, target) for k, one in enumerate(self._ways) for target in one.targets]:
-            found.append(((k, t, Direction.SKIP_FORWARD), at[k], at[t], forward, self._device))
-            found.append(((t, k, Direction.SKIP_BACKWARD), at[t], at[k], backward, self._device))
-        for source, target, lane in shared:
-            found.append(((ranks[source], ranks[target], lane), ranks[source], ranks[target], backward, self._device))
-        for here, there in links(self._position):
-            found.append(((here, there, Lane.START), here, there, forward, cpu))
-            found.append(((there, here, Lane.DONE), there, here, backward, cpu))
-            found.append(((here, there, Lane.ALL_DONE), here, there, forward, cpu))
-        return {
-            key: Route(source, target, tag, group, device)
-            for tag, (key, source, target, group, device) in enumerate(found)
-            if source != target
-        }
 
     def _check_loss(self) -> None:
         """Refuse a loss with parameters of cells that are not where it is: their gradients would part."""

@@ -125,27 +125,30 @@ class Arrival:
     Args:
         header: As packed.
         device: Where the receiving stage lives.
+        direct: Whether what is to live there comes there, not first to the CPU.
     """
 
     header: bytes
     device: torch.device
+    direct: bool = False
 
     def __post_init__(self) -> None:
         self._header: _Header = pickle.loads(self.header)
         self._memory: list[Tensor] = []
         self._dense: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], Tensor] = {}
         self.buffers: list[Tensor] = []
-        """Tensors of bytes on the CPU, to be filled with what was packed, in order."""
-        pinned = self.device.type != "cpu"
+        """Tensors of bytes, to be filled with what was packed, in order."""
         for number, piece in enumerate(self._header.pieces):
-            memory = torch.empty(piece.shift + piece.size, dtype=piece.dtype, device="cpu", pin_memory=pinned)
+            at = self.device if self.direct and piece.moves else torch.device("cpu")
+            pinned = self.device.type != "cpu" and at.type == "cpu"
+            memory = torch.empty(piece.shift + piece.size, dtype=piece.dtype, device=at, pin_memory=pinned)
             self._memory.append(memory)
             if not piece.dense:
                 self.buffers.append(memory[piece.shift :].view(torch.uint8))
                 continue
             for leaf in self._header.leaves:
                 if isinstance(leaf, _Placed) and leaf.piece == number and _key(leaf) not in self._dense:
-                    part = torch.empty(leaf.shape, dtype=piece.dtype, device="cpu")
+                    part = torch.empty(leaf.shape, dtype=piece.dtype, device=at)
                     self._dense[_key(leaf)] = part
                     self.buffers.append(part.view(-1).view(torch.uint8))
 

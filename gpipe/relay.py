@@ -55,7 +55,11 @@ class Relay:
         Raises:
             RuntimeError: The root does something else.
         """
-        told: list[Any] = [call, mode, step, rows] if self._before is None else self._heard(self._before, Lane.START)
+        if self._before is None:
+            told: list[Any] = [call, mode, step, rows]
+        else:
+            self._await(self._before, Lane.START)
+            told = self._heard(self._before, Lane.START)
         if self._position.worker == 0:
             told[3] = rows
         self._pass_on(Lane.START, told)
@@ -67,8 +71,17 @@ class Relay:
         own: int | None = told[3]
         return own
 
+    def will_be_done(self) -> None:
+        """Make ready to hear that others have done their part: far away, that is at once when they say so."""
+        for behind in self._behind:
+            self._await(behind, Lane.DONE)
+        if self._before is not None:
+            self._await(self._before, Lane.ALL_DONE)
+
     def all_done(self, mine: Mapping[Any, Any]) -> Told:
         """Wait until every rank has done its part, so that none takes gradients of a step that failed.
+
+        ``will_be_done`` comes first.
 
         Args:
             mine: What this rank has to tell.
@@ -85,8 +98,10 @@ class Relay:
         self._pass_on(Lane.ALL_DONE, [told])
         return told
 
-    def _heard(self, rank: int, lane: Lane) -> list[Any]:
+    def _await(self, rank: int, lane: Lane) -> None:
         self._transport.open((rank, self._rank, lane), 1)
+
+    def _heard(self, rank: int, lane: Lane) -> list[Any]:
         message: list[Any] = self._transport.receive(rank, self._rank, lane, 0)
         return list(message)
 

@@ -1,8 +1,10 @@
 """The two ends of a route between ranks, over gloo point-to-point messages.
 
-A message begins with a slot of fixed size, for which its receiver waits ahead: numbers, and what fits behind them of
-the header, sent if it differs from the route's last, and of the bytes; else these follow. A thread for each incoming
-route receives while the rank computes; one for each outgoing route keeps what is sent until it has gone.
+A message is a slot (``slot.py``) and tensors of bytes. Those on an accelerator pass through pinned memory, or straight
+to the other rank's accelerator (``direct.py``) once the slot has come.
+
+A thread for each incoming route receives while the rank computes; one for each outgoing route keeps what is sent until
+it has gone.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import threading
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -20,12 +22,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gpipe.boundary import Boundary
+from gpipe.direct import Direct
 from gpipe.packing import Arrival, Message, pack
-from gpipe.transport import Channel
-
-_STOP = -1  # in place of a micro-batch: nothing more will come
-_NUMBERS = 5 * 8  # bytes: micro-batch, bytes of the header, its checksum, number of tensors, whether all is in the slot
-_SLOT = 4096  # bytes; messages as small as this need one exchange, not two
+from gpipe.slot import ROOM, STOP, Place, Slot, room
+from gpipe.transport import Aborted, Channel
 
 
 class ConnectionLost(RuntimeError):
@@ -41,6 +41,7 @@ class Route:
         tag: Tells its messages from those of other routes.
         group: What carries them.
         device: Where, at the end of this rank, what is sent lives and what is received is to live.
+        direct: Carries tensors from device to device, if that can be.
     """
 
     source: int
@@ -48,6 +49,17 @@ class Route:
     tag: int
     group: dist.ProcessGroup
     device: torch.device
+    direct: Direct | None = None
+
+    def divided(self, buffers: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Those that ``group`` carries, and those that ``direct`` does."""
+        straight = [self.direct is not None and b.device == self.device for b in buffers]
+        parted = list(zip(buffers, straight, strict=True))
+        return [b for b, direct in parted if not direct], [b for b, direct in parted if direct]
+
+    def stream(self) -> torch.Stream | None:
+        """A stream for copies beside the computation, on an accelerator."""
+        return None if self.device.type == "cpu" else torch.Stream(self.device)
 
     def send(self, tensor: Tensor) -> dist.Work:
         """Begin to send."""
@@ -69,38 +81,43 @@ class Outgoing:
         self.route = route
         self._on_loss = on_loss
         self._header = b""
-        self._stream = None if route.device.type == "cpu" else torch.Stream(route.device)
-        self._lock = threading.Lock()  # one message's tensors follow each other
+        self._awaited = 0  # tensors for which the receiver waits together with the next slot
+        self._stopped = False
+        self._stream = route.stream()
+        self._lock = threading.Lock()  # one message after the other, and none behind the last
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = _started(_run_jobs, self._jobs, f"gpipe-send-{route.source}-to-{route.target}")
 
     def send(self, micro_batch: int, message: Message) -> None:
-        """Begin to send a message; what it holds is kept until it has gone."""
-        header, buffers = pack(message, self.route.device)
-        changed = header != self._header
-        self._header = header
-        text = [torch.frombuffer(bytearray(header), dtype=torch.uint8)] if changed else []
-        rest = [*text, *buffers]
-        fits = self._stream is None and sum(part.numel() for part in rest) <= _SLOT - _NUMBERS
-        slot = _slot([micro_batch, len(header) if changed else 0, zlib.crc32(header), len(buffers), fits])
-        if fits and rest:
-            joined = torch.cat(rest)
-            slot[_NUMBERS : _NUMBERS + len(joined)] = joined
-        tensors = [slot] if fits else [slot, *rest]
-        if self._stream is None:
-            works = self._posted(tensors)
-            self._jobs.put(lambda: self._wait(works, tensors))
-        else:
-            ready = torch.accelerator.current_stream(self.route.device).record_event()
-            self._jobs.put(lambda: self._stage(ready, tensors))
+        """Begin to send a message; what it holds is kept until it has gone.
+
+        Raises:
+            Aborted: The route was stopped. ConnectionLost: The other rank is gone.
+        """
+        with self._lock:
+            if self._stopped:
+                raise Aborted
+            header, buffers = pack(message, self.route.device)
+            near, far = self.route.divided(buffers)
+            tensors = self._laid_out(micro_batch, header, len(buffers), near)
+            if self._stream is None and self.route.direct is None:
+                works = self._posted(tensors)
+                self._jobs.put(lambda: self._wait(works, tensors))
+            else:
+                ready = None
+                if self._stream is not None:
+                    ready = torch.accelerator.current_stream(self.route.device).record_event()
+                self._jobs.put(lambda: self._stage(ready, tensors, far))
 
     def stop(self) -> None:
         """Tell the receiver that nothing more will come, behind what has been sent."""
-        slot = _slot([_STOP, 0, 0, 0, 0])
+        with self._lock:
+            self._stopped = True
+            tensors = [Slot(STOP).packed(), *self._crumbs()]
 
         def send() -> None:
             with suppress(RuntimeError):
-                self._wait(self._posted([slot]), [slot])
+                self._wait(self._posted(tensors), tensors)
 
         self._jobs.put(send)
 
@@ -112,29 +129,49 @@ class Outgoing:
         """Let the thread end."""
         self._jobs.put(None)
 
+    def _laid_out(self, micro_batch: int, header: bytes, number: int, buffers: list[Tensor]) -> list[Tensor]:
+        """All that ``group`` carries of a message of ``number`` tensors, in order."""
+        text = b"" if header == self._header else header
+        inside = [torch.frombuffer(bytearray(text), dtype=torch.uint8)] if 0 < len(text) <= ROOM else []
+        behind = [torch.frombuffer(bytearray(text), dtype=torch.uint8)] if len(text) > ROOM else []
+        here = all(b.device.type == "cpu" for b in buffers)
+        if here and len(text) + sum(b.numel() for b in buffers) <= ROOM:
+            place, tensors = Place.SLOT, self._crumbs()
+            inside += buffers
+            self._awaited = 0
+        else:
+            place = Place.BEHIND if text or self._awaited != len(buffers) else Place.AWAITED
+            crumbs = self._crumbs() if place == Place.BEHIND else []
+            tensors = [*crumbs, *behind, *buffers]
+            self._awaited = len(buffers)
+        self._header = header
+        return [Slot(micro_batch, len(text), zlib.crc32(header), number, place).packed(inside), *tensors]
+
+    def _crumbs(self) -> list[Tensor]:
+        """Something for each of the receives that wait for tensors as in the last message."""
+        return [torch.zeros(1, dtype=torch.uint8, device="cpu")] * self._awaited
+
     def _posted(self, tensors: Sequence[Tensor]) -> list[dist.Work]:
         try:
-            with self._lock:
-                return [self.route.send(t) for t in tensors]
+            return [self.route.send(t) for t in tensors]
         except RuntimeError as error:
-            raise ConnectionLost(f"rank {self.route.target} cannot be reached: {error}") from error
+            raise self._loss(error) from error
 
-    def _stage(self, ready: torch.Event, tensors: Sequence[Tensor]) -> None:
-        """Copy what is on the accelerator to pinned memory and send it from there."""
-        assert self._stream is not None
-        hosts = []
-        with self._stream:
-            self._stream.wait_event(ready)
-            for t in tensors:
-                host = torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
-                if t.device.type != "cpu":
-                    t.record_stream(self._stream)
-                hosts.append(host)
-        self._stream.synchronize()
-        try:
-            self._wait(self._posted(hosts), hosts)
-        except ConnectionLost as error:
-            self._on_loss(error)
+    def _stage(self, ready: torch.Event | None, tensors: Sequence[Tensor], far: Sequence[Tensor]) -> None:
+        """Send what is computed: ``far`` directly, the rest from pinned memory."""
+        with self._stream or nullcontext():
+            if self._stream is not None and ready is not None:
+                self._stream.wait_event(ready)
+            hosts = [t if t.device.type == "cpu" else _pinned(t) for t in tensors]
+            _synchronise(self._stream)
+            try:
+                works = self._posted(hosts)
+                if self.route.direct is not None:
+                    self.route.direct.send(far)
+                    _synchronise(self._stream)
+                self._wait(works, hosts)
+            except RuntimeError as error:
+                self._on_loss(self._loss(error))
 
     def _wait(self, works: Sequence[dist.Work], tensors: Sequence[Tensor]) -> None:
         """Hold ``tensors`` until they have gone."""
@@ -142,7 +179,25 @@ class Outgoing:
             for work in works:
                 work.wait()
         except RuntimeError as error:
-            self._on_loss(ConnectionLost(f"rank {self.route.target} cannot be reached: {error}"))
+            self._on_loss(self._loss(error))
+
+    def _loss(self, error: RuntimeError) -> ConnectionLost:
+        if isinstance(error, ConnectionLost):
+            return error
+        return ConnectionLost(f"rank {self.route.target} cannot be reached: {error}")
+
+
+@dataclass
+class _Arriving:
+    """A message, or None, on its way into memory, and what carries it there."""
+
+    arrival: Arrival | None
+    works: Sequence[dist.Work]
+
+    def wait(self) -> None:
+        """Return when all of it is there. To be called once: gloo would wait for another message."""
+        for work in self.works:
+            work.wait()
 
 
 class Incoming:
@@ -152,8 +207,9 @@ class Incoming:
         self.route = route
         self._on_loss = on_loss
         self._header = b""
+        self._alike = False  # whether the next message is awaited with the tensors of the last
         self._stopped = False
-        self._stream = None if route.device.type == "cpu" else torch.Stream(route.device)
+        self._stream = route.stream()
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = _started(_run_jobs, self._jobs, f"gpipe-receive-{route.target}-from-{route.source}")
 
@@ -177,20 +233,19 @@ class Incoming:
             for left in reversed(range(count)):
                 if self._stopped:
                     return
-                slot, work = ahead or self._posted()
+                memory, work, awaited = ahead or self._posted()
                 work.wait()
-                micro_batch, size, check, number, fits = slot[:_NUMBERS].view(torch.int64).tolist()
-                if micro_batch == _STOP:
+                slot, inside = Slot.read(memory)
+                if slot.micro_batch == STOP:
                     self._stopped = True
+                    awaited.wait()
                     return
-                rest = slot[_NUMBERS:] if fits else None
-                arrival, works = self._arriving(size, check, number, rest)
+                arriving = self._arriving(slot, inside, awaited)
                 ahead = self._posted() if left else None
-                for work in works:
-                    work.wait()
-                message = self._opened(arrival, compute)
+                arriving.wait()
+                message = self._opened(arriving.arrival, compute)
                 if channel is not None:
-                    channel.put(micro_batch, message)
+                    channel.put(slot.micro_batch, message)
         except RuntimeError as error:
             self._fail(ConnectionLost(f"rank {self.route.source} cannot be reached: {error}"))
         except Exception as error:
@@ -200,54 +255,79 @@ class Incoming:
         self._stopped = True
         self._on_loss(error)
 
-    def _posted(self) -> tuple[Tensor, dist.Work]:
-        """A slot for the next message, and what receives it."""
-        slot = torch.empty(_SLOT, dtype=torch.uint8, device="cpu")
-        return slot, self.route.receive(slot)
+    def _posted(self) -> tuple[Tensor, dist.Work, _Arriving]:
+        """Memory for the next slot, what receives it, and what is awaited together with it."""
+        memory = room()
+        work = self.route.receive(memory)
+        return memory, work, self._receiving(self._room()) if self._alike else _Arriving(None, [])
 
-    def _arriving(self, size: int, check: int, number: int, rest: Tensor | None) -> tuple[Arrival, list[dist.Work]]:
+    def _room(self) -> Arrival:
+        """Memory for a message laid out as the last one."""
+        with self._stream or nullcontext():
+            return Arrival(self._header, self.route.device, self.route.direct is not None)
+
+    def _receiving(self, arrival: Arrival) -> _Arriving:
+        near, _ = self.route.divided(arrival.buffers)
+        return _Arriving(arrival, [self.route.receive(buffer) for buffer in near])
+
+    def _arriving(self, slot: Slot, inside: Tensor, awaited: _Arriving) -> _Arriving:
         """A message whose slot has come.
 
         Args:
-            size: Bytes of its header, 0 if that is the last one's.
-            check: The header's checksum.
-            number: Of tensors.
-            rest: What was in the slot behind the numbers, if that is all; None if it follows.
+            slot: Its numbers.
+            inside: The bytes behind them.
+            awaited: What was awaited together with the slot.
         """
-        if size:
-            text = torch.empty(size, dtype=torch.uint8, device="cpu") if rest is None else rest[:size]
-            if rest is None:
+        if slot.place != Place.AWAITED:
+            awaited.wait()
+        if slot.size:
+            text = inside[: slot.size]
+            if slot.size > ROOM:
+                text = torch.empty(slot.size, dtype=torch.uint8, device="cpu")
                 self.route.receive(text).wait()
             self._header = text.numpy().tobytes()
-        arrival = Arrival(self._header, self.route.device)
-        if zlib.crc32(self._header) != check or len(arrival.buffers) != number:
+        self._alike = slot.place != Place.SLOT
+        arrival = awaited.arrival if slot.place == Place.AWAITED else self._room()
+        if arrival is None or zlib.crc32(self._header) != slot.check or len(arrival.buffers) != slot.number:
             raise ValueError(
-                f"rank {self.route.source} announced a message of {number} tensors that does not match its description"
+                f"rank {self.route.source} announced a message of {slot.number} tensors that does not match its "
+                "description"
             )
-        if rest is None:
-            return arrival, [self.route.receive(buffer) for buffer in arrival.buffers]
-        for buffer in arrival.buffers:
-            buffer.copy_(rest[size : size + len(buffer)])
-            size += len(buffer)
-        return arrival, []
+        if slot.place == Place.AWAITED:
+            return awaited
+        if slot.place == Place.BEHIND:
+            return self._receiving(arrival)
+        near, _ = self.route.divided(arrival.buffers)
+        begin = slot.size
+        for buffer in near:
+            buffer.copy_(inside[begin : begin + len(buffer)])
+            begin += len(buffer)
+        return _Arriving(arrival, [])
 
-    def _opened(self, arrival: Arrival, compute: torch.Stream | None) -> Message:
-        if self._stream is None or compute is None:
-            return arrival.message()
-        with self._stream:
+    def _opened(self, arrival: Arrival | None, compute: torch.Stream | None) -> Message:
+        """A message of which all has come but what comes directly."""
+        assert arrival is not None
+        with self._stream or nullcontext():
+            if self.route.direct is not None:
+                self.route.direct.receive(self.route.divided(arrival.buffers)[1])
             message = arrival.message()
-        self._stream.synchronize()
-        for leaf in message.leaves if isinstance(message, Boundary) else message:
-            if isinstance(leaf, Tensor) and leaf.device.type != "cpu":
-                leaf.record_stream(compute)
+            _synchronise(self._stream)
+        if compute is not None:
+            for leaf in message.leaves if isinstance(message, Boundary) else message:
+                if isinstance(leaf, Tensor) and leaf.device.type != "cpu":
+                    leaf.record_stream(compute)
         return message
 
 
-def _slot(numbers: Sequence[int]) -> Tensor:
-    """A slot that begins with these numbers."""
-    slot = torch.empty(_SLOT, dtype=torch.uint8, device="cpu")
-    slot[:_NUMBERS].view(torch.int64).copy_(torch.tensor(numbers, dtype=torch.int64, device="cpu"))
-    return slot
+def _pinned(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory, once the current stream has made it."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _synchronise(stream: torch.Stream | None) -> None:
+    """Wait until an accelerator's stream has done all it was given."""
+    if stream is not None:
+        stream.synchronize()
 
 
 def _started(target: Callable[..., None], jobs: Any, name: str) -> threading.Thread:

@@ -4,7 +4,10 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
+from nets import assert_same
 from torch import nn
+from worlds import World
 
 import gpipe
 from gpipe.partitioning.profile import profile
@@ -146,3 +149,77 @@ def test_bytes_over_time_are_for_the_cpu():
     pipe = gpipe.GPipe(net(), [1, 2], devices=[accelerator()] * 2)
     with pytest.raises(ValueError, match="counts storages on the CPU"), gpipe.record(pipe, memory=True):
         pass
+
+
+# --- ranks ------------------------------------------------------------------------------------------------------------
+
+
+def steps(pipe, train_step):
+    optimizer = torch.optim.AdamW(pipe.parameters(), 1e-3)
+    for rows in (11, 11, 3):  # the last mini-batch has other shapes
+        optimizer.zero_grad()
+        x = torch.randn(rows, 16, 64, generator=torch.Generator().manual_seed(rows))
+        train_step(x, x)
+        optimizer.step()
+    return {k: v.cpu() for k, v in pipe.state_dict().items()}
+
+
+def train_on_rank(rank, devices, schedule):
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    mse = nn.functional.mse_loss
+    options = {"chunks": 4, "seed": 3, "device": devices[rank], "loss_over": "micro_batch", "schedule": schedule}
+    pipe = gpipe.DistributedGPipe(net(), [1, 2], loss_fn=mse, **options)
+    state = steps(pipe, pipe.train_step)
+    pipe.eval()
+    pipe(torch.ones(5, 16, 64))
+    routes = [end.route for end in (*pipe._wires.outgoing.values(), *pipe._wires.incoming.values())]
+    return state, sum(route.direct is not None for route in routes)
+
+
+def the_same_bits_as_threads(world, devices, schedule, straight):
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        pipe = gpipe.GPipe(net(), [1, 2], devices=devices, chunks=4, seed=3)
+        mse = nn.functional.mse_loss
+        expected = steps(pipe, lambda x, y: pipe.train_step(x, y, mse, "micro_batch", schedule=schedule))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    found = world.values(train_on_rank, devices, schedule, seconds=120)
+    assert_same(found[0][0] | found[1][0], expected)
+    assert [count for _, count in found] == [straight, straight]
+
+
+@pytest.fixture
+def sharing():
+    world = World(2)
+    yield world
+    world.close()
+
+
+@pytest.fixture
+def over_nccl():
+    world = World(2, "cpu:gloo,cuda:nccl")
+    yield world
+    world.close()
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "one_f_one_b"])
+def test_two_ranks_share_one_device_through_gloo(sharing, schedule):
+    the_same_bits_as_threads(sharing, [accelerator(), accelerator()], schedule, straight=0)
+
+
+SEVERAL = pytest.mark.skipif(
+    torch.cuda.device_count() < 2 or not dist.is_nccl_available(),
+    reason="needs NCCL and two CUDA devices, a rank each",
+)
+
+
+@SEVERAL
+@pytest.mark.parametrize("schedule", ["gpipe", "one_f_one_b"])
+def test_two_ranks_with_a_device_each_over_nccl(over_nccl, schedule):
+    the_same_bits_as_threads(over_nccl, [accelerator(0), accelerator(1)], schedule, straight=2)
+
+
+@SEVERAL
+def test_ranks_with_nccl_that_share_a_device_do_not_use_it(over_nccl):
+    the_same_bits_as_threads(over_nccl, [accelerator(), accelerator()], "gpipe", straight=0)

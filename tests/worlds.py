@@ -12,18 +12,21 @@ import torch.distributed as dist
 
 
 class World:
-    """A torch.distributed world on this machine."""
+    """A torch.distributed world on this machine; with ``hosts``, in namespaces of it, one a rank."""
 
-    def __init__(self, ranks):
+    def __init__(self, ranks, backend="gloo", hosts=None):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch._dynamo", "torch.distributed", "gpipe.distributed", "nets"])
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
+        address = f"tcp://{hosts[0].first if hosts else '127.0.0.1'}:{port}"
         ends = [context.Pipe() for _ in range(ranks)]
         self._pipes = [ours for ours, _ in ends]
         self.processes = [
-            context.Process(target=_serve, args=(rank, ranks, port, theirs), daemon=True)
+            context.Process(
+                target=_serve, args=(rank, ranks, address, theirs, backend, hosts and hosts[rank]), daemon=True
+            )
             for rank, (_, theirs) in enumerate(ends)
         ]
         for process in self.processes:
@@ -78,10 +81,13 @@ class Raised:
         self.seconds = seconds
 
 
-def _serve(rank, ranks, port, pipe):
+def _serve(rank, ranks, address, pipe, backend, host):
     torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # otherwise looks this machine's name up, which may take 5 seconds
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    if host is not None:
+        host.enter()
+    # otherwise looks this machine's name up, which may take 5 seconds
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo" if host is None else host.interface
+    dist.init_process_group(backend, address, rank=rank, world_size=ranks)
     while True:
         try:
             function, args = pickle.loads(pipe.recv_bytes())
