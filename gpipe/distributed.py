@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from gpipe import norms
 from gpipe.averaging import Averaging, equalise
+from gpipe.batchnorm import Statistics, commit, defer
 from gpipe.boundary import Boundary
 from gpipe.cells import registries
 from gpipe.choosing import AnySchedule, chosen
@@ -61,9 +62,13 @@ class DistributedGPipe(nn.Module):
             are averaged over all rows. Micro-batch m of replica r draws as micro-batch r * chunks + m of one pipeline.
             None makes all ranks one pipeline.
         schedule: A name of ``gpipe.schedules.BUILDERS``, such a builder, or a ready ``Schedule``. Worker w is rank w.
+            None is ``"gpipe"``, and ``"one_f_one_b"`` with ``two_pass``.
         loss_over: ``"mini_batch"`` calls the loss once on all outputs; ``"micro_batch"`` on every micro-batch, the
             results weighted by rows, which schedules that interleave forward and backward need.
+        two_pass: For huge mini-batches under a loss over all of them: a rank keeps no boundary of a micro-batch until
+            the loss has come, and runs forward again; as for ``GPipe.train_step``.
         checkpoint: Which micro-batches keep their activations; as for ``GPipe``.
+        deferred_batch_norm: Update batch-norm running statistics once per mini-batch; as for ``GPipe``.
         seed: Base seed of random draws and of a factory's weights. None takes one from rank 0's default generator.
         device: Where this rank's stages live. None takes the accelerator of this process's ``LOCAL_RANK``, or the CPU.
 
@@ -81,17 +86,32 @@ class DistributedGPipe(nn.Module):
         chunks: int,
         loss_fn: LossFunction,
         mesh: DeviceMesh | None = None,
-        schedule: AnySchedule = "gpipe",
+        schedule: AnySchedule = None,
         loss_over: Literal["mini_batch", "micro_batch"] = "mini_batch",
+        two_pass: bool = False,
         checkpoint: Checkpoint = "except_last",
+        deferred_batch_norm: bool = False,
         seed: int | None = None,
         device: str | torch.device | None = None,
     ) -> None:
         super().__init__()
-        settings = Settings(balance, chunks, loss_fn, mesh, schedule, loss_over, checkpoint, seed, device)
+        settings = Settings(
+            balance,
+            chunks,
+            loss_fn,
+            mesh,
+            schedule,
+            loss_over,
+            two_pass,
+            checkpoint,
+            deferred_batch_norm,
+            seed,
+            device,
+        )
         joined = join(module, settings, number=next(_pipes))
         self.balance, self.chunks, self.checkpoint, self.seed = joined.balance, chunks, joined.checkpoint, joined.seed
         self.device, self.schedule, self.loss_over = joined.share.device, schedule, loss_over
+        self.two_pass, self.deferred_batch_norm = two_pass, deferred_batch_norm
         self.step = 0
         self.recording = Recording()
         vars(self).update(registries(joined.module), module=joined.module)
@@ -103,6 +123,10 @@ class DistributedGPipe(nn.Module):
         self._averaging: Averaging | None = None
         if joined.share.position.group is not None:
             self._averaging = Averaging(joined.share.position, self._averaged())
+        self._statistics: Statistics | None = {} if deferred_batch_norm else None
+        if deferred_batch_norm:
+            for _, cell in self._cells:
+                defer(cell)
         weakref.finalize(self, _close, self._wires, self._board)
 
     def train_step(
@@ -140,6 +164,7 @@ class DistributedGPipe(nn.Module):
             flush.begin(done, batch.parts, rows)
             told = relay.all_done({} if mine is None else {self._share.position.replica: (mine.cpu(), rows)})
             flush.end(sum(count for _, count in told.values()))
+            self._commit()
             if self._averaging is not None:
                 equalise([b for m in self._modules_here for b in m.buffers()], self._share.position)
             transport.flush()
@@ -193,6 +218,7 @@ class DistributedGPipe(nn.Module):
             outputs = batch.forward([Boundary.of(part) for part in self._parts(inputs)])
             self.step += self.training
             transport.flush()
+            self._commit()
             return None if outputs is None else gather([output.tree() for output in outputs])
 
     def eval_step(self, inputs: Any = None) -> Any:
@@ -207,7 +233,7 @@ class DistributedGPipe(nn.Module):
     def _mini_batch_step(
         self, transport: GroupTransport, parts: list[Any], targets: Any, rows: int, scale: Tensor
     ) -> tuple[Tensor | None, Finished, RankBatch]:
-        batch = self._batch(transport, rows, None, trainable(self._slice))
+        batch = self._batch(transport, rows, None, trainable(self._slice), self.two_pass)
         outputs = batch.forward([Boundary.of(part) for part in parts])
         if outputs is None:
             return None, batch.backward(()), batch
@@ -230,6 +256,12 @@ class DistributedGPipe(nn.Module):
         shares, done = batch.forward_and_backward([Boundary.of(part) for part in parts], scale)
         loss = None if shares is None else torch.stack([share.leaves[0] for share in shares]).sum()
         return loss, done, batch
+
+    def _commit(self) -> None:
+        """Update running statistics, once the mini-batch has gone through on this rank, or in a step on all."""
+        if self._statistics:
+            commit(self._statistics)
+            self._statistics.clear()
 
     def _head(self, targets: Any, rows: int) -> MicroBatchLoss:
         sizes, there = split_sizes(rows, self.chunks), moved(targets, self.device)
@@ -301,14 +333,19 @@ class DistributedGPipe(nn.Module):
         return scatter(moved(inputs, self.device), self.chunks) if self._share.is_first else []
 
     def _batch(
-        self, transport: GroupTransport, rows: int, head: MicroBatchLoss | None, parameters: list[Tensor]
+        self,
+        transport: GroupTransport,
+        rows: int,
+        head: MicroBatchLoss | None,
+        parameters: list[Tensor],
+        two_pass: bool = False,
     ) -> RankBatch:
         stages, micro_batches = len(self._share.hosts), len(split_sizes(rows, self.chunks))
         keep = kept_micro_batches(self.checkpoint, stages, micro_batches)
         if not torch.is_grad_enabled():
             keep = (micro_batches,) * stages
         refuse_transforms(parameters)
-        schedule: Schedule = chosen(self.schedule, stages, micro_batches, keep)
+        schedule: Schedule = chosen(self.schedule, stages, micro_batches, keep, two_pass)
         batch = RankBatch(
             self._share,
             schedule,
@@ -318,6 +355,8 @@ class DistributedGPipe(nn.Module):
             first=self._share.position.replica * self.chunks,
             head=head,
             parameters=parameters,
+            two_pass=two_pass,
+            statistics=self._statistics,
         )
         self.recording = batch.recording
         return batch

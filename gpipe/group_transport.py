@@ -89,6 +89,10 @@ class GroupTransport:
         if expected:
             self._wires.incoming[key].expect(expected, self._channels[key])
 
+    def connect(self, source: int, target: int, direction: Direction, channel: Channel) -> None:
+        """Let ``channel`` carry these messages, which stay on this rank."""
+        self._channels[source, target, direction] = channel
+
     def send(self, source: int, target: int, direction: Direction | Lane, micro_batch: int, message: Any) -> None:
         """Hand a message over; for another rank it starts on its way.
 

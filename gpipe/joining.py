@@ -31,6 +31,7 @@ from gpipe.settings import (
     check_checkpoint,
     check_chunks,
     check_devices,
+    check_passes,
     check_seed,
     kept_micro_batches,
 )
@@ -57,7 +58,9 @@ class Settings:
     mesh: Any
     schedule: AnySchedule
     loss_over: Any
+    two_pass: Any
     checkpoint: Any
+    deferred_batch_norm: Any
     seed: Any
     device: Any
 
@@ -122,8 +125,8 @@ class _Joining:
         self._balance, self._hosts = self._divided()
         self._checkpoint = check_checkpoint(given.checkpoint, len(self._balance))
         keep = kept_micro_batches(self._checkpoint, len(self._balance), self._chunks)
-        schedule = chosen(given.schedule, len(self._balance), self._chunks, keep)
-        if given.loss_over == "mini_batch":
+        schedule = chosen(given.schedule, len(self._balance), self._chunks, keep, given.two_pass)
+        if given.loss_over == "mini_batch" and not given.two_pass:
             _ = schedule.halves
         self._ends = [sum(self._balance[:k]) for k in range(len(self._balance) + 1)]
         self._groups = [self._cells[left:right] for left, right in pairwise(self._ends)]
@@ -136,6 +139,8 @@ class _Joining:
             "checkpoint": repr(self._checkpoint),
             "schedule": f"{schedule.name} (digest {_digest(schedule):08x})",
             "loss_over": given.loss_over,
+            "two_pass": str(given.two_pass),
+            "deferred_batch_norm": str(bool(given.deferred_batch_norm)),
             "seed": repr(given.seed),
             "module": f"{'a factory of ' if self._built else ''}{type(module).__name__} of {len(self._cells)} cells",
             "torch": torch.__version__,
@@ -225,7 +230,7 @@ class _Joining:
             counts: Sequence[int] = [schedule.stages]
         else:
             counts = [self._workers * v for v in range(1, _MOST_STAGES + 1)]
-        count = next((n for n in counts if _workers(schedule, n, self._chunks) == self._workers), counts[0])
+        count = next((n for n in counts if _workers(self._settings, n, self._chunks) == self._workers), counts[0])
         if count > cells:
             raise ValueError(
                 f"the pipeline has {self._workers} ranks, which makes {count} stages, but the module has {cells} cells "
@@ -235,7 +240,8 @@ class _Joining:
         return split_evenly(sizes, count), self._hosting(count)
 
     def _hosting(self, stages: int) -> list[int]:
-        schedule = chosen(self._settings.schedule, stages, self._chunks, (0,) * stages)
+        given = self._settings
+        schedule = chosen(given.schedule, stages, self._chunks, (0,) * stages, given.two_pass)
         workers = len(schedule.workers)
         if workers != self._workers:
             raise ValueError(
@@ -250,6 +256,7 @@ class _Joining:
 def _check_words(given: Settings) -> None:
     if given.loss_over not in ("mini_batch", "micro_batch"):
         raise ValueError(f"loss_over must be 'mini_batch' or 'micro_batch', got {given.loss_over!r}")
+    check_passes(given.two_pass, given.loss_over)
     if not callable(given.loss_fn):
         raise TypeError(f"loss_fn must be callable with outputs and targets, got {type(given.loss_fn).__name__}")
 
@@ -274,10 +281,10 @@ def _recorded(factory: Any) -> Recorded:
     return recorded(cast(Factory, factory))
 
 
-def _workers(schedule: AnySchedule, stages: int, chunks: int) -> int:
+def _workers(given: Settings, stages: int, chunks: int) -> int:
     """How many workers the schedule has for so many stages; 0 if it has none for them."""
     try:
-        return len(chosen(schedule, stages, chunks, (0,) * stages).workers)
+        return len(chosen(given.schedule, stages, chunks, (0,) * stages, given.two_pass).workers)
     except ValueError:
         return 0
 

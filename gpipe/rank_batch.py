@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gpipe.autograd import attach
+from gpipe.batchnorm import Statistics
 from gpipe.boundary import Boundary, Gradients, new_anchor
 from gpipe.context import CallerContext, autocast_off
 from gpipe.found import Found
@@ -22,7 +23,8 @@ from gpipe.schedule import Action, Kind, Schedule
 from gpipe.share import Share
 from gpipe.stage import Flight, Head
 from gpipe.tied import Replicas, added
-from gpipe.transport import CALLER, Direction
+from gpipe.transport import CALLER, Direction, Drain, Supply
+from gpipe.two_pass import passes
 from gpipe.worker import Work, perform
 
 
@@ -38,6 +40,8 @@ class RankBatch:
         first: What else they depend on: the number of the first micro-batch among those of all replicas.
         head: Computes each micro-batch's loss, for the last stage, where the workers do that.
         parameters: The trainable parameters of this rank.
+        two_pass: ``forward`` is the first pass, ``backward`` the second, whose schedule is given.
+        statistics: Where deferred batch-norm layers collect, None if they are not deferred.
     """
 
     def __init__(
@@ -51,11 +55,15 @@ class RankBatch:
         first: int = 0,
         head: Head | None = None,
         parameters: Sequence[Tensor] = (),
+        two_pass: bool = False,
+        statistics: Statistics | None = None,
     ) -> None:
         self._share = share
         self._schedule = schedule
         self._transport = transport
         self._parameters = parameters
+        self._two_pass = two_pass
+        self._supply: Supply | None = None
         self._context = CallerContext.capture([share.device])
         self._micro_batches = range(schedule.micro_batches)
         self.recording = Recording([[]])
@@ -66,34 +74,40 @@ class RankBatch:
                 step=step,
                 first_micro_batch=first,
                 recomputed=frozenset(m for at, m in schedule.recomputed if at == k),
+                statistics=statistics,
                 head=head if k == share.last else None,
+                two_pass=two_pass,
             )
             for k, stage in share.stages.items()
         }
         self._replicas = Replicas(share.tied, [share.device] * len(share.hosts))
         self.parts: dict[Tensor, list[Tensor | None]] = {}
         self._found: Found | None = None
-        self._open_channels()
+        self._open_channels(backward=torch.is_grad_enabled() and not two_pass)
 
     def forward(self, inputs: Sequence[Boundary]) -> list[Boundary] | None:
         """Run all forwards; takes inputs where the first stage is, gives outputs where the last is, None elsewhere."""
-        if self._schedule.recomputed and torch.is_grad_enabled():
+        if (self._schedule.recomputed or self._two_pass) and torch.is_grad_enabled():
             self._found = Found([m for flight in self._flights.values() for m in flight.modules])
+        if self._two_pass and self._share.is_first:
+            self._supply = Supply(inputs, Boundary.copy)
         self._enter(inputs)
-        own = self._schedule.workers[self._share.worker]
-        self._perform([action for action in own if action.kind == Kind.FORWARD], self._context)
+        self._perform(self._halves[0], self._context)
         return self._left()
 
     def backward(self, output_gradients: Sequence[Gradients]) -> Finished:
-        """Run the rest of the schedule, after ``forward``; the output gradients are given where the last stage is."""
+        """Run what follows ``forward``; the output gradients are given where the last stage is."""
         if self._found is not None:
             self._found.check()
+        if self._two_pass:
+            self._open_channels(backward=True)
+            self._enter(())
+            if self._share.is_last:
+                self._transport.connect(self._share.last, CALLER, Direction.FORWARD, Drain())
         for m, gradients in enumerate(output_gradients):
             self._transport.send(CALLER, self._share.last, Direction.BACKWARD, m, gradients)
-        own = self._schedule.workers[self._share.worker]
-        rest = [action for action in own if action.kind != Kind.FORWARD]
         with collected(self._parameters) as totals, self._found.restored() if self._found else nullcontext():
-            self._perform(rest, self._context.without_autocast())
+            self._perform(self._halves[1], self._context.without_autocast(), repeats=self._two_pass)
             self._add_up()
         return self._finished(totals)
 
@@ -113,11 +127,12 @@ class RankBatch:
             self._add_up()
         return self._left(), self._finished(totals)
 
-    def _open_channels(self) -> None:
+    def _open_channels(self, backward: bool) -> None:
+        """Make ready for what a pass brings: a message of every micro-batch forward, and maybe one backward."""
         share, count = self._share, self._schedule.micro_batches
         for before, after in zip(range(share.last), range(1, share.last + 1), strict=True):
             ends = (before, after, Direction.FORWARD), (after, before, Direction.BACKWARD)
-            for source, target, direction in ends if torch.is_grad_enabled() else ends[:1]:
+            for source, target, direction in ends if backward else ends[:1]:
                 if target in share.stages:
                     elsewhere = source not in share.stages
                     self._transport.open((source, target, direction), count if elsewhere else 0)
@@ -128,7 +143,18 @@ class RankBatch:
             self._transport.open((share.last, CALLER, Direction.FORWARD))
             self._transport.open((CALLER, share.last, Direction.BACKWARD))
 
+    @property
+    def _halves(self) -> tuple[Sequence[Action], Sequence[Action]]:
+        """What this rank does before the loss, and after."""
+        own = self._schedule.workers[self._share.worker]
+        if self._two_pass:
+            return passes(self._schedule)[0][self._share.worker], own
+        return [a for a in own if a.kind == Kind.FORWARD], [a for a in own if a.kind != Kind.FORWARD]
+
     def _enter(self, inputs: Sequence[Boundary]) -> None:
+        if self._supply is not None:
+            self._transport.connect(CALLER, 0, Direction.FORWARD, self._supply)
+            return
         for m, boundary in enumerate(inputs):
             self._transport.send(CALLER, 0, Direction.FORWARD, m, boundary.copy())
 
@@ -152,9 +178,10 @@ class RankBatch:
             else:
                 parameter.grad = added(parts, self._share.device)
 
-    def _perform(self, actions: Sequence[Action], backward_modes: CallerContext) -> None:
+    def _perform(self, actions: Sequence[Action], backward_modes: CallerContext, repeats: bool = False) -> None:
         """Perform actions in this thread, which has the caller's modes already, but for what autocasts where."""
-        work = Work(self._flights, len(self._share.hosts), self._transport, self._context, backward_modes)
+        stages = len(self._share.hosts)
+        work = Work(self._flights, stages, self._transport, self._context, backward_modes, repeats=repeats)
         with self._context.applied(self._share.device), autocast_off(), ExitStack() as guards:
             guards.enter_context(self._replicas.in_place(list(self._share.stages)))
             for stage in self._share.stages.values():
