@@ -104,12 +104,12 @@ def unet(
 ) -> nn.Sequential:
     """U-Net (B, C): an encoder of ``depth`` levels, a bottleneck, and a decoder that reads every level again.
 
-    Level i of the encoder has C 2^i channels and that of the decoder gives half as many; the bottleneck has C 2^depth
-    inside and gives half as many. Cells are named ``encoder1_conv1``, ..., ``encoder1_down``, ...,
+    Level i, from 0, of the encoder has C 2^i channels and that of the decoder gives half as many; the bottleneck has
+    C 2^depth inside and gives half as many. Cells are named ``encoder1_conv1``, ..., ``encoder1_down``, ...,
     ``bottleneck_conv1``, ..., ``decoder5_up``, ``decoder5_conv1``, ..., ``segment``; each convolution is a cell.
 
     Args:
-        depth: levels; images need 2^depth pixels a side and more.
+        depth: levels; images need 2^depth pixels a side, one of the sides twice as many.
         num_convs: B, convolutions of a level.
         base_channels: C; even.
         in_channels: channels of an image.
@@ -132,7 +132,7 @@ def unet(
     if base_channels % 2:
         raise ValueError(
             f"expected base_channels to be even, for the last level gives half as many, given {base_channels}; "
-            f"set base_channels to {base_channels - 1 or 2} or {base_channels + 1}"
+            f"set base_channels to {base_channels + 1}"
         )
     require_probability("dropout", dropout)
     namespaces = [Namespace() for _ in range(depth)]
