@@ -183,8 +183,11 @@ def amoebanet_d(
     Channels are D in the first group and double with every reduction. Convolutions start as published, by the variance
     of their outputs.
 
-    As in GPipe's counts, and unlike the first published model, the stem for ImageNet has D / 4 channels and its two
-    reductions D / 2 and D; its convolution pads the edge.
+    As in torchgpipe's benchmark, whose parameter counts these are, the stem for ImageNet has D / 4 channels and its two
+    reductions D / 2 and D (in the program of the paper's authors: 32, D / 4 and D / 2), and its convolution pads the
+    edge. As in the authors' program, and unlike that benchmark, the stem reads the pixels themselves, not what is left
+    of them above zero, and the classifier the mean over all pixels of the last map, after a ReLU. See
+    :mod:`gpipe.models.amoebanet_operations` for the pools.
 
     Args:
         layers: L, normal cells; a multiple of 3.

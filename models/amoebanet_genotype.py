@@ -1,7 +1,8 @@
 """The two cells of AmoebaNet-D, as evolution found them (Real et al. 2018, arXiv 1802.01548).
 
-These are the lists that GPipe's experiments ran and whose parameter counts its Table 1 gives. The drawing in the paper
-joins other states in the normal cell's output (4, 5, 6); the authors' program joined 0, 3, 4 and 6, and so do we.
+The lists of the authors' program (tensorflow/tpu), which GPipe's experiments ran and whose parameter counts its Table 1
+gives. torchgpipe's authors note that the paper itself has the normal cell's output join the states 4, 5 and 6; the
+program joins 0, 3, 4 and 6, and so do we.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
 """What the cells of AmoebaNet-D are made of (Real et al. 2018, arXiv 1802.01548).
 
-All of them map (B, C, H, W) to (B, C', ceil(H / stride), ceil(W / stride)). Three differ from an earlier public version
-for PyTorch, torchgpipe's benchmark, and follow the paper: a "max_pool_3x3" takes the maximum, where that one averages;
-"max_pool_2x2" keeps the odd row and column at the edge, where that one drops them, so that images of 331 pixels, whose
-maps have odd sides, go through; and nothing is cut off the pixels below zero, which that one's stem does.
+All of them map (B, C, H, W) to (B, C', ceil(H / stride), ceil(W / stride)). Two follow the paper where an earlier
+public version for PyTorch, torchgpipe's benchmark, does not: "max_pool_3x3" takes the maximum, that one averages;
+"max_pool_2x2" keeps the odd row and column at the edge, that one drops them, so that images of 331 pixels, whose maps
+have odd sides, do not go through. Neither has parameters: the counts are the same.
 """
 
 from collections.abc import Callable
