@@ -98,7 +98,7 @@ TWO_PASS = {"two_pass": True}
 def test_the_same_bits_for_every_division_and_keep(options):
     expected = trained([7], 99, options)
     divisions = list(compositions(7))
-    for balance in [*divisions[:: 3 if options is GPIPE else 9], [1] * 7]:
+    for balance in [*divisions[::3 if options is GPIPE else 9], [1] * 7]:
         for keep in (0, 1, 99):
             assert_same(trained(balance, keep, options), expected, f"{balance}, keep {keep}")
 
