@@ -296,7 +296,10 @@ class Constant(nn.Module):
 def test_classification():
     data = digits(DigitsConfig(name="digits", task="classification"), seed=0)
     result = evaluate(Constant(torch.eye(10)[4], dims=1), data)
-    assert result == {"classification": {"accuracy": (data.test_labels == 4).double().mean().item(), "images": 360.0}}
+    right = (data.test_labels == 4).double().mean().item()
+    assert list(result) == ["classification", "raw_pixels"]
+    assert result["classification"] == {"accuracy": right, "images": 360.0}
+    assert 0.94 < result["raw_pixels"]["accuracy"] < 0.99
     with pytest.raises(ValueError, match=r"logits of shape \(360, 10\) from the model, got \(360, 7\)"):
         evaluate(Constant(torch.zeros(7), dims=1), data)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ def evaluate(model: nn.Module, data: Data, *, batch_size: int = 256) -> Results:
       ``image_to_text`` retrieval between the test images and the first template's captions, ``linear_probe`` on the
       image features, and for small images ``raw_pixels``, the same probe on the pixels, to compare with;
     - images with captions: retrieval in both directions;
-    - labelled images, classification: ``classification`` accuracy;
+    - labelled images, classification: ``classification`` accuracy, and ``raw_pixels`` as above;
     - text: ``language_model``, the mean loss per byte in nats and in bits.
 
     Args:
@@ -102,22 +103,26 @@ def _probes(model: nn.Module, data: LabelledImages, test: Tensor, batch_size: in
     def features(images: Images) -> Tensor:
         return encode_images(model, images, batch_size=batch_size)
 
+    return {"linear_probe": _probe(data, features, test), **_raw_pixels(data)}
+
+
+def _raw_pixels(data: LabelledImages) -> Results:
     def pixels(images: Images) -> Tensor:
         return images[torch.arange(len(images))]
 
+    if data.rows * data.train_images[torch.tensor([0])].numel() > PIXELS:
+        return {}
+    return {"raw_pixels": _probe(data, pixels, pixels(data.test_images))}
+
+
+def _probe(data: LabelledImages, of: Callable[[Images], Tensor], test: Tensor) -> dict[str, float]:
+    """Logistic regression on features of the images; ``test`` are those of the test images."""
     division = data.validation()
     train_labels, test_labels = data.probe_labels()
     fit_labels, choose_labels = division.probe_labels()
-
-    def probe(of: Any, test: Tensor) -> dict[str, float]:
-        fit: Labelled = of(division.train_images), fit_labels
-        choose: Labelled = of(division.test_images), choose_labels
-        return linear_probe((of(data.train_images), train_labels), (test, test_labels), (fit, choose))
-
-    results = {"linear_probe": probe(features, test)}
-    if data.rows * data.train_images[torch.tensor([0])].numel() <= PIXELS:
-        results["raw_pixels"] = probe(pixels, pixels(data.test_images))
-    return results
+    fit: Labelled = of(division.train_images), fit_labels
+    choose: Labelled = of(division.test_images), choose_labels
+    return linear_probe((of(data.train_images), train_labels), (test, test_labels), (fit, choose))
 
 
 def _classification(model: nn.Module, data: LabelledImages, batch_size: int) -> Results:
@@ -126,7 +131,8 @@ def _classification(model: nn.Module, data: LabelledImages, batch_size: int) -> 
         chunks = torch.split(torch.arange(len(images)), batch_size)
         logits = torch.cat([model(images[rows].to(device)).float().cpu() for rows in chunks])
     _check_logits(logits, (len(labels), len(data.classes)))
-    return {"classification": {"accuracy": accuracy(logits.argmax(dim=1), labels), "images": float(len(labels))}}
+    right = {"accuracy": accuracy(logits.argmax(dim=1), labels), "images": float(len(labels))}
+    return {"classification": right, **_raw_pixels(data)}
 
 
 def _text(model: nn.Module, data: TextWindows, batch_size: int) -> Results:
