@@ -5,6 +5,7 @@ from gpipe.phase import is_checkpointing, is_recomputing
 from gpipe.pipe import GPipe
 from gpipe.recording import record
 from gpipe.rng import cell_seed
+from gpipe.saves import Restored, Saves
 from gpipe.schedule import Action, Kind, Schedule, ScheduleError
 from gpipe.simulate import StageCost, simulate
 from gpipe.timeline import Span, Timeline
@@ -14,6 +15,8 @@ __all__ = [
     "DistributedGPipe",
     "GPipe",
     "Kind",
+    "Restored",
+    "Saves",
     "Schedule",
     "ScheduleError",
     "Span",

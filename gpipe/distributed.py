@@ -161,6 +161,11 @@ class DistributedGPipe(nn.Module):
         """When this rank did what in the latest mini-batch."""
         return self.recording.timeline()
 
+    @property
+    def state_keys(self) -> frozenset[str]:
+        """Keys of the whole module's ``state_dict()``: this rank's and all others'."""
+        return self._names
+
     def _mini_batch_step(
         self, transport: GroupTransport, parts: list[Any], targets: Any, rows: int
     ) -> tuple[Tensor | None, Finished]:

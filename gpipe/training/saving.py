@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gpipe import whole_files
 from gpipe.training.errors import RunError
 
 KEPT = 2
@@ -43,30 +43,11 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         RunError: If writing fails, as on a full disk. What stood at ``path`` before stands there still.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.touch()
-        mode = beside.stat().st_mode  # what the user's umask says; some libraries have ideas of their own
-        yield beside
-        beside.chmod(mode)
-        _sync(beside)
-        os.replace(beside, path)
-        _sync(path.parent)
+        with whole_files.replacing(path) as beside:
+            yield beside
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path} cannot be written: {error}; nothing that was there before is lost") from error
-    finally:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold it, so that not even a power cut leaves an empty file under a good name."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -100,10 +81,8 @@ def write_save(folder: Path, save: Save) -> Path:
 def _torch_save(save: Save, file: Any) -> None:
     try:
         torch.save(save, file)
-    except RuntimeError as error:  # torch's own complaint about its file, which hides the disk's
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
+    except RuntimeError as error:
+        raise whole_files.cause(error) from error.__cause__
 
 
 def _step_of(path: Path) -> int:
