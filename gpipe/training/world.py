@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from gpipe.error_board import RankLost
 from gpipe.training.ending import Ending
@@ -227,7 +228,7 @@ def joined(errors: Console) -> Iterator[World]:
 def _join() -> None:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        store, rank, ranks = next(dist.rendezvous("env://"))
+        store, rank, ranks = next(rendezvous("env://"))
         # torchrun's store may outlive its processes: those it starts again must not find what others left there.
         store = dist.PrefixStore(f"attempt {_attempt()}", store)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
