@@ -6,9 +6,10 @@ ranks these send pickled tracebacks, and they read ``.metadata`` with a pickle t
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,15 +23,22 @@ if TYPE_CHECKING:
 
 METADATA = ".metadata"
 
-_CLASSES = {  # all that a pickled Metadata of tensors is made of, beside types of elements and paths
-    *((("torch.distributed.checkpoint.metadata", name)) for name in (
-        "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex",
-        "StorageMeta", "_MEM_FORMAT_ENCODING", "BytesStorageMetadata",
-    )),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-}  # fmt: skip
+_PARTS = {  # what a pickled Metadata of tensors is made of, beside sizes, types of elements and paths
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "TensorProperties",
+        "ChunkStorageMetadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "pathlib": {"PosixPath", "WindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},  # as Python 3.13 writes them
+}
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], ranks: Together) -> None:
@@ -78,53 +86,84 @@ def own_files(folder: Path, rank: int) -> list[Path]:
 
 
 def read_metadata(folder: Path, files: Collection[str]) -> Metadata:
-    """What tensors there are, and where; nothing that the file says is run.
+    """What tensors there are, and where.
+
+    Of what the file says, only names, sizes, types and places are taken; nothing in it is run.
 
     Args:
         folder: Where ``write_tensors`` wrote.
         files: Names of the files that belong to it.
 
     Raises:
+        OSError: The file cannot be read.
         ValueError: It describes something else than whole tensors in these files.
     """
-    from torch.distributed.checkpoint.metadata import Metadata
-
+    content = (folder / METADATA).read_bytes()
     try:
-        with open(folder / METADATA, "rb") as file:
-            metadata = _Unpickler(file).load()
-        if not isinstance(metadata, Metadata):
-            raise ValueError(f"it holds a {type(metadata).__name__}")
-        for key in metadata.state_dict_metadata:
-            _check_entry(metadata, key, files)
+        return _metadata(_Unpickler(io.BytesIO(content)).load(), files)
     except Exception as error:  # a strange pickle fails in any way
-        raise ValueError(f"{METADATA} does not describe the tensors of a save: {error}") from error
-    return metadata
+        reason = str(error) if isinstance(error, (ValueError, pickle.UnpicklingError)) else repr(error)
+        raise ValueError(f"{METADATA} does not describe the tensors of a save: {reason}") from error
+
+
+class _Part:
+    """Stands for an object of DCP's: knows what was in it, and can do nothing."""
+
+    state: Any = None
+
+    def __init__(self, *state: Any) -> None:
+        self.state = state
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
 
 
 class _Unpickler(pickle.Unpickler):
+    """Gives each file classes of its own, so that not even these can be changed for what comes after."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self._parts: dict[str, type[_Part]] = {}
+
     def find_class(self, module: str, name: str) -> Any:
-        if module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):
-            return PurePath  # where it was written; Python 3.13 has these in another module
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+        if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
             return getattr(torch, name)
-        if (module, name) in _CLASSES:
-            return super().find_class(module, name)
+        if name in _PARTS.get(module, ()):
+            return self._parts.setdefault(name, type(name, (_Part,), {}))
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no part of such a description")
 
 
-def _check_entry(metadata: Metadata, key: str, files: Collection[str]) -> None:
-    from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+def _metadata(found: Any, files: Collection[str]) -> Metadata:
+    """DCP's own description, made of what was found."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
 
-    entry = metadata.state_dict_metadata[key]
-    if not isinstance(entry, TensorStorageMetadata):  # DCP reads it with a pickle that could run anything
-        raise ValueError(f"{key!r} is no tensor")
-    (chunk,) = entry.chunks
-    origin = torch.Size([0] * len(entry.size))
-    if (chunk.offsets, chunk.sizes) != (origin, entry.size) or not isinstance(entry.properties.dtype, torch.dtype):
-        raise ValueError(f"{key!r} is not a whole tensor")
-    info = metadata.storage_data[MetadataIndex(key, origin)]
-    if info.relative_path not in files or info.transform_descriptors:
-        raise ValueError(f"{key!r} is in {info.relative_path!r}, which is no file of this save")
+    if type(found).__name__ != "Metadata":
+        raise ValueError(f"it holds a {type(found).__name__}")
+    places = {index.state["fqn"]: info.state for index, info in found.state["storage_data"].items()}
+    entries: dict[str, Any] = {}
+    storage: dict[MetadataIndex, Any] = {}
+    for key, entry in found.state["state_dict_metadata"].items():
+        if type(entry).__name__ != "TensorStorageMetadata":  # DCP reads it with a pickle that could run anything
+            raise ValueError(f"{key!r} is no tensor")
+        size, (chunk,) = torch.Size(entry.state["size"]), entry.state["chunks"]
+        dtype, *_ = entry.state["properties"].state
+        origin = torch.Size([0] * len(size))
+        if chunk.state != {"offsets": origin, "sizes": size} or not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{key!r} is not a whole tensor")
+        place = places[key]
+        if place["relative_path"] not in files or place.keys() != {"relative_path", "offset", "length"}:
+            raise ValueError(f"{key!r} is in {place['relative_path']!r}, which is no file of this save")
+        properties = TensorProperties(dtype=dtype)
+        entries[key] = TensorStorageMetadata(properties, size, [ChunkStorageMetadata(origin, size)])
+        storage[MetadataIndex(key, origin)] = _StorageInfo(**place)
+    return Metadata(entries, storage_data=storage)
 
 
 def read_tensors(folder: Path, metadata: Metadata, keys: Iterable[str]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from nets import assert_same, linears, make_pipe
+from test_saving import room_for
 from torch import nn
 
 from gpipe import Restored, Saves
@@ -293,6 +294,16 @@ def test_killed_at_any_moment_it_leaves_a_whole_save(tmp_path, step):
     assert (found[0], found[-1]) == (1.0, 2.0)
 
 
+def test_a_full_disk_costs_no_earlier_save(tmp_path):
+    saves = Saves(tmp_path)
+    saves.write(5, filled(5.0))
+    message = r"step-000000010 cannot be written: .*File too large; the saves before it are as they were"
+    with room_for(100_000), pytest.raises(OSError, match=message):
+        saves.write(10, nn.Linear(1000, 1000))
+    assert names(tmp_path) == ["latest", "step-000000005"]
+    assert saves.read(linears(2), warn=no_warning).step == 5
+
+
 def test_files_reach_the_disk_before_their_names(tmp_path, monkeypatch):
     calls = []
     fsync, rename, replace = os.fsync, os.rename, os.replace
@@ -493,6 +504,21 @@ def test_tensors_elsewhere_are_no_part_of_a_save(tmp_path):
     path = Saves(tmp_path).write(1, linears())
     with pytest.raises(ValueError, match=r"is in '__0_0.distcp', which is no file of this save"):
         read_metadata(path, [".metadata"])
+
+
+_CHANGE = (
+    b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadata\n"
+    b"N}X\x07\x00\x00\x00changedK\x01s\x86b."  # build, on the class itself
+)
+
+
+def test_a_pickle_changes_no_class(tmp_path):
+    (tmp_path / ".metadata").write_bytes(_CHANGE)
+    assert pickle.loads(_CHANGE).changed == 1  # it would
+    del dcp.metadata.Metadata.changed
+    with pytest.raises(ValueError, match="does not describe the tensors of a save"):
+        read_metadata(tmp_path, [])
+    assert not hasattr(dcp.metadata.Metadata, "changed")
 
 
 def test_a_description_that_is_none(tmp_path):
