@@ -70,7 +70,7 @@ def rewound(before: Before) -> Iterator[None]:
         if version(before.buffers[m, name]) != number:
             raise RuntimeError(
                 f"the buffer {name!r} of {type(m).__name__} was modified in place after forward began, so a recompute "
-                "would not repeat it: modify it after backward, or wrap with checkpoint='never'"
+                "would not repeat it: modify it after backward, or wrap with checkpoint='never' and leave two_pass out"
             )
     now = {(m, name): m._buffers.get(name) for m, name in before.buffers}
     for place, value in before.buffers.items():

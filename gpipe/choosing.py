@@ -6,24 +6,30 @@ from collections.abc import Hashable
 from functools import lru_cache
 from typing import Any, cast
 
-from gpipe import schedules
+from gpipe import schedules, two_pass
 from gpipe.schedule import Schedule
 
-AnySchedule = str | Schedule | schedules.Builder
+AnySchedule = str | Schedule | schedules.Builder | None
 
 
-def chosen(schedule: AnySchedule, stages: int, micro_batches: int, keep: tuple[int, ...]) -> Schedule:
+def chosen(
+    schedule: AnySchedule, stages: int, micro_batches: int, keep: tuple[int, ...], two_passes: bool = False
+) -> Schedule:
     """The schedule to run, validated.
 
     Args:
-        schedule: A name, a builder, or a schedule with its own recompute.
+        schedule: A name, a builder, or a schedule with its own recompute; None for the default.
         stages: Number of stages there are.
         micro_batches: Number of micro-batches there are.
         keep: Per stage the micro-batches that keep their activations; not for a ready schedule.
+        two_passes: It is for the second of two passes, which goes backward from the last micro-batch to the first; a
+            ready schedule stays as it is.
 
     Raises:
         TypeError, ValueError: It is none of these, cannot be run, or is for other numbers.
     """
+    if schedule is None:
+        schedule = two_pass.DEFAULT if two_passes else "gpipe"
     if not isinstance(schedule, Schedule):
         builder = schedules.builder(schedule) if isinstance(schedule, str) else schedule
         if not callable(builder):
@@ -31,7 +37,7 @@ def chosen(schedule: AnySchedule, stages: int, micro_batches: int, keep: tuple[i
                 f"schedule must be one of {', '.join(map(repr, schedules.BUILDERS))}, a builder or a Schedule, got "
                 f"{type(schedule).__name__} {schedule!r}"
             )
-        return _built(cast(Hashable, builder), stages, micro_batches, keep)
+        return _built(cast(Hashable, builder), stages, micro_batches, keep, two_passes)
     if (schedule.stages, schedule.micro_batches) != (stages, micro_batches):
         raise ValueError(
             f"schedule {schedule.name!r} is for {schedule.stages} stages and {schedule.micro_batches} micro-batches, "
@@ -41,8 +47,9 @@ def chosen(schedule: AnySchedule, stages: int, micro_batches: int, keep: tuple[i
 
 
 @lru_cache(maxsize=64)
-def _built(builder: Any, stages: int, micro_batches: int, keep: tuple[int, ...]) -> Schedule:
-    return schedules.with_recompute(builder(stages=stages, micro_batches=micro_batches), keep).validate()
+def _built(builder: Any, stages: int, micro_batches: int, keep: tuple[int, ...], two_passes: bool) -> Schedule:
+    built = schedules.with_recompute(builder(stages=stages, micro_batches=micro_batches), keep).validate()
+    return two_pass.last_first(built) if two_passes else built
 
 
 @lru_cache(maxsize=64)

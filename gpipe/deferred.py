@@ -80,6 +80,11 @@ class Recorded:
                 )
             _become(tensor, _view(ref, made))
 
+    @torch.no_grad()
+    def allocate(self, tensor: Tensor) -> None:
+        """Turn a meta tensor into one whose values are yet to come, on the CPU."""
+        _become(tensor, torch.empty_like(tensor, device=_CPU))
+
     def _replayed(self, needed: set[int], seed: int) -> dict[int, torch.UntypedStorage]:
         """The storages with values."""
         led: list[_Call] = []

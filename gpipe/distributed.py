@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from typing import Any, Literal, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
+from gpipe import norms
+from gpipe.averaging import Averaging, equalise
+from gpipe.batchnorm import Statistics, commit, defer
 from gpipe.boundary import Boundary
 from gpipe.cells import registries
 from gpipe.choosing import AnySchedule, chosen
 from gpipe.context import autocast_off, refuse_transforms
 from gpipe.error_board import ErrorBoard, Failure, OtherRankFailed, RankLost
+from gpipe.flush import Flush, borrowed
+from gpipe.gradients import collected
 from gpipe.group_transport import GroupTransport, Wires
 from gpipe.joining import Settings, join
-from gpipe.line import Line
 from gpipe.loss import LossFunction, MicroBatchLoss, checked_loss
 from gpipe.microbatch import gather, has_rows, moved, row_count, scatter, split_sizes
 from gpipe.minibatch import Finished
 from gpipe.rank_batch import RankBatch, deliver, gradients_of, outputs_with_graph, trainable
 from gpipe.recording import Recording
+from gpipe.relay import Relay
 from gpipe.routes import ConnectionLost
 from gpipe.schedule import Schedule
 from gpipe.settings import Checkpoint, kept_micro_batches
@@ -51,11 +57,18 @@ class DistributedGPipe(nn.Module):
         chunks: Number of micro-batches M; a mini-batch of fewer rows is split into its rows.
         loss_fn: ``loss_fn(outputs, targets)`` gives one number, on the last stage's rank. A module's parameters are
             among that rank's ``parameters()``, as ``loss_fn.*``.
-        mesh: Not supported yet: leave it out.
+        mesh: A ``DeviceMesh`` of all ranks with one dimension, the pipeline, or with two: replicas of the pipeline,
+            each with its own part of the data, and the pipeline (the dimension named "pp", or the last). Gradients
+            are averaged over all rows. Micro-batch m of replica r draws as micro-batch r * chunks + m of one pipeline.
+            None makes all ranks one pipeline.
         schedule: A name of ``gpipe.schedules.BUILDERS``, such a builder, or a ready ``Schedule``. Worker w is rank w.
+            None is ``"gpipe"``, and ``"one_f_one_b"`` with ``two_pass``.
         loss_over: ``"mini_batch"`` calls the loss once on all outputs; ``"micro_batch"`` on every micro-batch, the
             results weighted by rows, which schedules that interleave forward and backward need.
+        two_pass: For huge mini-batches under a loss over all of them: a rank keeps no boundary of a micro-batch until
+            the loss has come, and runs forward again; as for ``GPipe.train_step``.
         checkpoint: Which micro-batches keep their activations; as for ``GPipe``.
+        deferred_batch_norm: Update batch-norm running statistics once per mini-batch; as for ``GPipe``.
         seed: Base seed of random draws and of a factory's weights. None takes one from rank 0's default generator.
         device: Where this rank's stages live. None takes the accelerator of this process's ``LOCAL_RANK``, or the CPU.
 
@@ -72,36 +85,63 @@ class DistributedGPipe(nn.Module):
         *,
         chunks: int,
         loss_fn: LossFunction,
-        mesh: None = None,
-        schedule: AnySchedule = "gpipe",
+        mesh: DeviceMesh | None = None,
+        schedule: AnySchedule = None,
         loss_over: Literal["mini_batch", "micro_batch"] = "mini_batch",
+        two_pass: bool = False,
         checkpoint: Checkpoint = "except_last",
+        deferred_batch_norm: bool = False,
         seed: int | None = None,
         device: str | torch.device | None = None,
     ) -> None:
         super().__init__()
-        settings = Settings(balance, chunks, loss_fn, mesh, schedule, loss_over, checkpoint, seed, device)
+        settings = Settings(
+            balance,
+            chunks,
+            loss_fn,
+            mesh,
+            schedule,
+            loss_over,
+            two_pass,
+            checkpoint,
+            deferred_batch_norm,
+            seed,
+            device,
+        )
         joined = join(module, settings, number=next(_pipes))
         self.balance, self.chunks, self.checkpoint, self.seed = joined.balance, chunks, joined.checkpoint, joined.seed
         self.device, self.schedule, self.loss_over = joined.share.device, schedule, loss_over
+        self.two_pass, self.deferred_batch_norm = two_pass, deferred_batch_norm
         self.step = 0
         self.recording = Recording()
         vars(self).update(registries(joined.module), module=joined.module)
         vars(self)["loss_fn"] = loss_fn if joined.share.is_last else None  # no child: state_dict() is the module's
         self._cells, self._share, self._names = joined.cells, joined.share, joined.names
+        self._order, self._first_names = joined.order, joined.first_names
         self._wires, self._board = joined.wires, joined.board
         self._failure: Failure | None = None
+        self._averaging: Averaging | None = None
+        if joined.share.position.group is not None:
+            self._averaging = Averaging(joined.share.position, self._averaged())
+        self._statistics: Statistics | None = {} if deferred_batch_norm else None
+        if deferred_batch_norm:
+            for _, cell in self._cells:
+                defer(cell)
         weakref.finalize(self, _close, self._wires, self._board)
 
-    def train_step(self, inputs: Any = None, targets: Any = None) -> Tensor:
+    def train_step(
+        self, inputs: Any = None, targets: Any = None, *, scaler: torch.amp.GradScaler | None = None
+    ) -> Tensor:
         """Forward, loss and backward; gradients are added to ``parameter.grad``. Called on every rank.
 
         Args:
             inputs: What the first cell takes, any pytree with a tensor (rows, ...); used on the first stage's rank.
             targets: Any pytree but None, for ``loss_fn``; used on the last stage's rank.
+            scaler: Scales the loss that goes backward, for float16; on every rank one of the same scale, such as
+                ``torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler``, whose step all ranks skip together.
 
         Returns:
-            The loss, without graph, on every rank.
+            The loss, without graph and not scaled, on every rank; of replicas the mean over their rows.
 
         Raises:
             OtherRankFailed: Another rank failed; the message says which, where and why. RankLost: It cannot be reached.
@@ -109,27 +149,55 @@ class DistributedGPipe(nn.Module):
             BaseException: What a cell of this rank raised, with a note naming stage, cell, micro-batch and action.
         """
         with self._running() as transport:
-            if not torch.is_grad_enabled():
-                raise RuntimeError(
-                    "train_step computes gradients: call it outside torch.no_grad() and inference_mode()"
-                )
-            if self._share.is_last and targets is None:
-                raise ValueError(
-                    f"rank {self._share.rank} hosts the last stage and was given no targets: give them to train_step "
-                    "there, or () if loss_fn takes none"
-                )
-            line = Line(self._share, transport)
-            rows = self._started(line, "train_step", inputs)
-            own = self._mini_batch_step if self.loss_over == "mini_batch" else self._micro_batch_step
-            if self._share.is_last:
-                self._check_targets(targets, rows)
+            if self._averaging is not None:
+                self._averaging.expect()
+            relay = Relay(self._share.position, transport)
+            rows = self._started(relay, "train_step", inputs)
+            self._check_step(targets, rows)
+            scale = torch.ones((), device=self.device)
+            if scaler is not None:
+                scale = scaler.scale(scale)
             parts = self._parts(inputs)
-            mine, done = own(transport, parts, targets, rows)
-            loss = line.all_done(mine).to(self.device)
+            own = self._mini_batch_step if self.loss_over == "mini_batch" else self._micro_batch_step
+            mine, done, batch = own(transport, parts, targets, rows, scale)
+            flush = Flush(self._share, transport, self._averaging)
+            flush.begin(done, batch.parts, rows)
+            told = relay.all_done({} if mine is None else {self._share.position.replica: (mine.cpu(), rows)})
+            flush.end(sum(count for _, count in told.values()))
+            self._commit()
+            if self._averaging is not None:
+                equalise([b for m in self._modules_here for b in m.buffers()], self._share.position)
             transport.flush()
             deliver(done, parts)
             self.step += self.training
-        return loss
+        return _mean(told).to(self.device)
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+        """Scale down the gradients of all ranks where their norm together is larger. Called on every rank.
+
+        A parameter that several ranks have counts once. The result is that of ``torch.nn.utils.clip_grad_norm_`` on the
+        whole module's parameters followed by the loss's.
+
+        Args:
+            max_norm: The largest norm.
+            norm_type: p of the p-norm; ``inf`` is the largest absolute value.
+            error_if_nonfinite: Raise where the norm is no finite number.
+
+        Returns:
+            The norm before, on every rank.
+
+        Raises:
+            RuntimeError: The norm is not finite, on every rank; or as ``train_step``.
+        """
+        with self._running() as transport:
+            relay = Relay(self._share.position, transport)
+            relay.start("clip_grad_norm_", "training" if self.training else "eval", self.step)
+            named = [(name, p.grad) for name, p in self.named_parameters() if p.grad is not None]
+            told = relay.all_done({name: norms.norm(gradient, norm_type) for name, gradient in named})
+            transport.flush()
+        total = norms.total([told[name] for name in self._in_order(told)], norm_type, error_if_nonfinite)
+        nn.utils.clip_grads_with_norm_(self.parameters(), max_norm, total.to(self.device))
+        return total.to(self.device)
 
     def forward(self, inputs: Any = None) -> Any:
         """Run a mini-batch forward without graph, in the cells' present mode. Called on every rank.
@@ -145,11 +213,12 @@ class DistributedGPipe(nn.Module):
             OtherRankFailed, RuntimeError, BaseException: As ``train_step``.
         """
         with self._running() as transport, torch.no_grad():
-            rows = self._started(Line(self._share, transport), "forward", inputs)
+            rows = self._started(Relay(self._share.position, transport), "forward", inputs)
             batch = self._batch(transport, rows, None, [])
             outputs = batch.forward([Boundary.of(part) for part in self._parts(inputs)])
             self.step += self.training
             transport.flush()
+            self._commit()
             return None if outputs is None else gather([output.tree() for output in outputs])
 
     def eval_step(self, inputs: Any = None) -> Any:
@@ -167,27 +236,37 @@ class DistributedGPipe(nn.Module):
         return self._names
 
     def _mini_batch_step(
-        self, transport: GroupTransport, parts: list[Any], targets: Any, rows: int
-    ) -> tuple[Tensor | None, Finished]:
-        batch = self._batch(transport, rows, None, trainable(self._slice))
+        self, transport: GroupTransport, parts: list[Any], targets: Any, rows: int, scale: Tensor
+    ) -> tuple[Tensor | None, Finished, RankBatch]:
+        batch = self._batch(transport, rows, None, trainable(self._slice), self.two_pass)
         outputs = batch.forward([Boundary.of(part) for part in parts])
         if outputs is None:
-            return None, batch.backward(())
+            return None, batch.backward(()), batch
         trees, collector = outputs_with_graph(outputs)
-        loss = checked_loss(vars(self)["loss_fn"](gather(trees), moved(targets, self.device)))
-        with autocast_off():
-            loss.backward()  # type: ignore[no-untyped-call]
+        loss_fn = vars(self)["loss_fn"]
+        loss = checked_loss(loss_fn(gather(trees), moved(targets, self.device)))
+        own = trainable(loss_fn) if isinstance(loss_fn, nn.Module) else []
+        with autocast_off(), collected(own) as of_loss:
+            loss.backward(scale.to(loss.dtype))  # type: ignore[no-untyped-call]
         del trees
-        return loss.detach(), batch.backward(gradients_of(collector, outputs))
+        done = batch.backward(gradients_of(collector, outputs))
+        done.and_also(own, of_loss)
+        return loss.detach(), done, batch
 
     def _micro_batch_step(
-        self, transport: GroupTransport, parts: list[Any], targets: Any, rows: int
-    ) -> tuple[Tensor | None, Finished]:
+        self, transport: GroupTransport, parts: list[Any], targets: Any, rows: int, scale: Tensor
+    ) -> tuple[Tensor | None, Finished, RankBatch]:
         head = self._head(targets, rows) if self._share.is_last else None
-        modules = [self._slice] if head is None or head.module is None else [self._slice, head.module]
-        batch = self._batch(transport, rows, head, trainable(*modules))
-        shares, done = batch.forward_and_backward([Boundary.of(part) for part in parts])
-        return None if shares is None else torch.stack([share.leaves[0] for share in shares]).sum(), done
+        batch = self._batch(transport, rows, head, trainable(*self._modules_here))
+        shares, done = batch.forward_and_backward([Boundary.of(part) for part in parts], scale)
+        loss = None if shares is None else torch.stack([share.leaves[0] for share in shares]).sum()
+        return loss, done, batch
+
+    def _commit(self) -> None:
+        """Update running statistics, once the mini-batch has gone through on this rank, or in a step on all."""
+        if self._statistics:
+            commit(self._statistics)
+            self._statistics.clear()
 
     def _head(self, targets: Any, rows: int) -> MicroBatchLoss:
         sizes, there = split_sizes(rows, self.chunks), moved(targets, self.device)
@@ -207,13 +286,19 @@ class DistributedGPipe(nn.Module):
             with self._board.watched(transport.abort):
                 yield transport
         except (Aborted, ConnectionLost) as error:
-            transport.abort()
+            self._leave(transport)
             self._fail_after(transport.loss or error)
         except BaseException as error:
-            transport.abort()
+            self._leave(transport)
             self._failure = Failure.of(error, self._share.rank, self.step)
             self._board.post(self._failure)
             raise
+
+    def _leave(self, transport: GroupTransport) -> None:
+        """Let nobody wait for this rank."""
+        transport.abort()
+        if self._averaging is not None:
+            self._averaging.give_up()
 
     def _fail_after(self, error: BaseException) -> NoReturn:
         """Raise for a failure elsewhere: the one posted, or, of a rank that died without a word, its loss."""
@@ -234,43 +319,90 @@ class DistributedGPipe(nn.Module):
             )
         return row_count(inputs)
 
-    def _started(self, line: Line, call: str, inputs: Any) -> int:
-        return line.start(call, "training" if self.training else "eval", self.step, self._rows(inputs))
+    def _started(self, relay: Relay, call: str, inputs: Any) -> int:
+        rows = relay.start(call, "training" if self.training else "eval", self.step, self._rows(inputs))
+        assert rows is not None
+        return rows
 
     @property
     def _slice(self) -> nn.Module:
         return vars(self)["module"]  # type: ignore[no-any-return]
 
+    @property
+    def _modules_here(self) -> list[nn.Module]:
+        """The slice, and the loss where it is computed, if it is a module."""
+        loss_fn = vars(self)["loss_fn"]
+        return [self._slice, loss_fn] if isinstance(loss_fn, nn.Module) else [self._slice]
+
     def _parts(self, inputs: Any) -> list[Any]:
         return scatter(moved(inputs, self.device), self.chunks) if self._share.is_first else []
 
     def _batch(
-        self, transport: GroupTransport, rows: int, head: MicroBatchLoss | None, parameters: list[Tensor]
+        self,
+        transport: GroupTransport,
+        rows: int,
+        head: MicroBatchLoss | None,
+        parameters: list[Tensor],
+        two_pass: bool = False,
     ) -> RankBatch:
         stages, micro_batches = len(self._share.hosts), len(split_sizes(rows, self.chunks))
         keep = kept_micro_batches(self.checkpoint, stages, micro_batches)
         if not torch.is_grad_enabled():
             keep = (micro_batches,) * stages
         refuse_transforms(parameters)
-        schedule: Schedule = chosen(self.schedule, stages, micro_batches, keep)
+        schedule: Schedule = chosen(self.schedule, stages, micro_batches, keep, two_pass)
         batch = RankBatch(
-            self._share, schedule, transport, seed=self.seed, step=self.step, head=head, parameters=parameters
+            self._share,
+            schedule,
+            transport,
+            seed=self.seed,
+            step=self.step,
+            first=self._share.position.replica * self.chunks,
+            head=head,
+            parameters=parameters,
+            two_pass=two_pass,
+            statistics=self._statistics,
         )
         self.recording = batch.recording
         return batch
 
-    def _check_targets(self, targets: Any, rows: int) -> None:
+    def _check_step(self, targets: Any, rows: int) -> None:
+        """Raise what speaks against a training step on this rank."""
+        if not torch.is_grad_enabled():
+            raise RuntimeError("train_step computes gradients: call it outside torch.no_grad() and inference_mode()")
+        if self._averaging is not None:
+            self._averaging.check(self._averaged())
+        if not self._share.is_last:
+            return
+        if targets is None:
+            raise ValueError(
+                f"rank {self._share.rank} hosts the last stage and was given no targets: give them to train_step "
+                "there, or () if loss_fn takes none"
+            )
         if has_rows(targets) and (given := row_count(targets)) != rows:
             raise ValueError(f"inputs have {rows} rows, targets have {given}: give one target per row")
+
+    def _averaged(self) -> list[Tensor]:
+        """The parameters whose gradients this rank averages with the other replicas."""
+        return [p for p in trainable(*self._modules_here) if p not in borrowed(self._share)]
+
+    def _in_order(self, names: Iterable[str]) -> list[str]:
+        """Names as the whole module has them, then the loss's."""
+        places = {name: i for i, name in enumerate(self._order)}
+        return sorted(names, key=lambda name: places.get(name, len(places)))
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Those of this rank's slice, and on the last stage's rank the loss's as ``loss_fn.*``."""
+        """Those of this rank's slice, and on the last stage's rank the loss's as ``loss_fn.*``.
+
+        Each once, under the first name that the whole module has for it.
+        """
         seen: set[nn.Parameter] = set()
         for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
             seen.add(parameter)
-            yield name, parameter
+            first = self._first_names.get(parameter) if remove_duplicate else None
+            yield (name if first is None else f"{prefix}.{first}" if prefix else first), parameter
         loss = vars(self)["loss_fn"]
         if isinstance(loss, nn.Module) and recurse:
             inner = f"{prefix}.loss_fn" if prefix else "loss_fn"
@@ -335,6 +467,14 @@ class DistributedGPipe(nn.Module):
         """Rank, own stages, balance and chunks, for ``repr``."""
         stages = ", ".join(map(str, self._share.stages.values()))
         return f"rank={self._share.rank}, {stages}, balance={self.balance}, chunks={self.chunks}"
+
+
+def _mean(told: Mapping[int, tuple[Tensor, int]]) -> Tensor:
+    """The loss over all rows, from every replica's and its number of rows."""
+    shares = [told[replica] for replica in sorted(told)]
+    if len(shares) == 1:
+        return shares[0][0]
+    return torch.stack([loss * rows for loss, rows in shares]).sum() / sum(rows for _, rows in shares)
 
 
 def _close(wires: Wires, board: ErrorBoard) -> None:

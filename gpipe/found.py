@@ -28,7 +28,7 @@ class Found:
             raise RuntimeError(
                 "a parameter was modified in place after forward began - by optimizer.step(), by load_state_dict(), or "
                 "by a cell itself, as nn.Embedding(max_norm=...) does - so a recompute would not repeat the forward: "
-                "call backward before, or wrap with checkpoint='never'"
+                "call backward before, or wrap with checkpoint='never' and leave two_pass out"
             )
 
     @contextmanager

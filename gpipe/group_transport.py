@@ -16,11 +16,13 @@ from gpipe.transport import Aborted, Channel, Direction
 
 
 class Lane(Enum):
-    """What ranks, not stages, tell the next in line, which begins at the first stage's rank."""
+    """What ranks, not stages, tell each other."""
 
-    START = "start"  # down the line: which step begins, with how many rows
-    DONE = "done"  # up the line: the parts of the sender and of all behind it are done; the loss
-    ALL_DONE = "all done"  # down the line: so is everybody's; the loss
+    START = "start"  # down the relay's tree: which step begins, with how many rows
+    DONE = "done"  # up the tree: the parts of the sender and of all behind it are done
+    ALL_DONE = "all done"  # down the tree: so is everybody's
+    PARTS = "parts"  # to a shared parameter's owner: what cells gave to its gradient
+    TOTAL = "total"  # from its owner: the sum
 
 
 Key = tuple[int, int, Direction | Lane]  # between stages, or between ranks
@@ -86,6 +88,10 @@ class GroupTransport:
         self._channels[key] = Channel()
         if expected:
             self._wires.incoming[key].expect(expected, self._channels[key])
+
+    def connect(self, source: int, target: int, direction: Direction, channel: Channel) -> None:
+        """Let ``channel`` carry these messages, which stay on this rank."""
+        self._channels[source, target, direction] = channel
 
     def send(self, source: int, target: int, direction: Direction | Lane, micro_batch: int, message: Any) -> None:
         """Hand a message over; for another rank it starts on its way.

@@ -14,14 +14,15 @@ import torch.distributed as dist
 from torch import nn
 
 from gpipe.agreement import Facts, agree
-from gpipe.cells import refuse_sharing
+from gpipe.averaging import equalise
 from gpipe.choosing import AnySchedule, chosen
 from gpipe.deferred import Recorded, recorded
 from gpipe.error_board import ErrorBoard
-from gpipe.group_transport import Key, Lane, Wires
+from gpipe.group_transport import GroupTransport, Key, Lane, Wires
+from gpipe.mesh import Position, position
 from gpipe.partitioning.cells import Cell, cells_of
 from gpipe.partitioning.split import split_evenly
-from gpipe.rank_batch import Share
+from gpipe.relay import links
 from gpipe.routes import Route
 from gpipe.schedule import Schedule
 from gpipe.settings import (
@@ -30,11 +31,15 @@ from gpipe.settings import (
     check_checkpoint,
     check_chunks,
     check_devices,
+    check_passes,
     check_seed,
     kept_micro_batches,
 )
+from gpipe.share import Share
 from gpipe.slicing import Factory, keep_slice, materialise
 from gpipe.stage import Stage
+from gpipe.tied import Tied, tied_parameters
+from gpipe.tied_ranks import Shared, SharedValues, shared_parameters, ways
 from gpipe.transport import Direction
 
 if TYPE_CHECKING:
@@ -53,7 +58,9 @@ class Settings:
     mesh: Any
     schedule: AnySchedule
     loss_over: Any
+    two_pass: Any
     checkpoint: Any
+    deferred_batch_norm: Any
     seed: Any
     device: Any
 
@@ -65,6 +72,8 @@ class Joined:
     module: nn.Module
     cells: list[Cell]  # the own ones
     names: frozenset[str]  # keys of the whole module's state
+    order: list[str]  # of the whole module's parameters
+    first_names: dict[nn.Parameter, str]  # of the own parameters in the whole module
     balance: list[int]
     checkpoint: Checkpoint
     seed: int
@@ -89,7 +98,7 @@ def join(module: nn.Module | Factory, settings: Settings, number: int) -> Joined
     world = dist.group.WORLD
     assert world is not None
     store = dist.PrefixStore(f"gpipe {number}", world.get_group_store())  # type: ignore[attr-defined]
-    joining = _Joining(module, settings, rank, ranks)
+    joining = _Joining(module, settings)
     facts = agree(store, rank, ranks, joining.settle)
     return joining.join(int(facts["_seed"]), store)
 
@@ -97,14 +106,16 @@ def join(module: nn.Module | Factory, settings: Settings, number: int) -> Joined
 class _Joining:
     """One rank's arguments on the way to its slice."""
 
-    def __init__(self, module: nn.Module | Factory, settings: Settings, rank: int, ranks: int) -> None:
-        self._given, self._settings, self._rank, self._ranks = module, settings, rank, ranks
+    def __init__(self, module: nn.Module | Factory, settings: Settings) -> None:
+        self._given, self._settings = module, settings
 
     def settle(self) -> Facts:
         """Check the arguments; gives what all ranks must have alike."""
         given = self._settings
         self._chunks = check_chunks(given.chunks)
         _check_words(given)
+        self._position = position(given.mesh)
+        self._workers = len(self._position.pipeline)
         self._seed = check_seed(given.seed)
         self._device = _device(given.device)
         self._built = None if isinstance(self._given, nn.Module) else _recorded(self._given)
@@ -114,18 +125,22 @@ class _Joining:
         self._balance, self._hosts = self._divided()
         self._checkpoint = check_checkpoint(given.checkpoint, len(self._balance))
         keep = kept_micro_batches(self._checkpoint, len(self._balance), self._chunks)
-        schedule = chosen(given.schedule, len(self._balance), self._chunks, keep)
-        if given.loss_over == "mini_batch":
+        schedule = chosen(given.schedule, len(self._balance), self._chunks, keep, given.two_pass)
+        if given.loss_over == "mini_batch" and not given.two_pass:
             _ = schedule.halves
         self._ends = [sum(self._balance[:k]) for k in range(len(self._balance) + 1)]
         self._groups = [self._cells[left:right] for left, right in pairwise(self._ends)]
-        refuse_sharing(self._groups)
+        self._tied = tied_parameters(self._groups)
+        self._check_loss()
         return {
+            "mesh": str([list(ranks) for ranks in self._position.grid]),
             "balance": str(self._balance),
             "chunks": str(self._chunks),
             "checkpoint": repr(self._checkpoint),
             "schedule": f"{schedule.name} (digest {_digest(schedule):08x})",
             "loss_over": given.loss_over,
+            "two_pass": str(given.two_pass),
+            "deferred_batch_norm": str(bool(given.deferred_batch_norm)),
             "seed": repr(given.seed),
             "module": f"{'a factory of ' if self._built else ''}{type(module).__name__} of {len(self._cells)} cells",
             "torch": torch.__version__,
@@ -134,31 +149,74 @@ class _Joining:
         }
 
     def join(self, seed: int, store: Store) -> Joined:
-        """Take the own slice, and make the routes to the other ranks."""
+        """Take the own slice, make the routes to the other ranks, and have common values where that is due."""
         names = frozenset(self._module.state_dict())
-        mine = [k for k, host in enumerate(self._hosts) if host == self._rank]
+        first_names = list(self._module.named_parameters())
+        me = self._position.worker
+        mine = [k for k, host in enumerate(self._hosts) if host == me]
         own = [i for k in mine for i in range(self._ends[k], self._ends[k + 1])]
+        tied, every = self._own_ties(mine)
+        shared = [s for s in every if me in s.workers]
+        if self._built is not None:
+            for s in shared:
+                if s.owner != me:
+                    self._built.allocate(s.parameter)
         for k in mine:
             if self._built is not None:
                 materialise(self._built, self._groups[k], self._ends[k], seed, self._device)
             for _, cell in self._groups[k]:
                 cell.to(self._device)
         keep_slice(self._module, self._cells, own)
-        if isinstance(self._settings.loss_fn, nn.Module) and self._hosts[-1] == self._rank:
+        if isinstance(self._settings.loss_fn, nn.Module) and self._hosts[-1] == me:
             self._settings.loss_fn.to(self._device)
         alone = len(mine) == 1
         stages = {k: Stage(k, self._groups[k], self._ends[k], self._device, alone) for k in mine}
-        return Joined(
+        kept = set(self._module.parameters())
+        joined = Joined(
             module=self._module,
             cells=[self._cells[i] for i in own],
             names=names,
+            order=[name for name, _ in first_names],
+            first_names={p: name for name, p in first_names if p in kept},
             balance=self._balance,
             checkpoint=self._checkpoint,
             seed=seed,
-            share=Share(self._rank, self._hosts, stages, self._device),
-            wires=Wires(self._rank, _routes(self._hosts, self._ranks, self._device)),
-            board=ErrorBoard(store, self._ranks),
+            share=Share(self._position, self._hosts, stages, self._device, tied, shared),
+            wires=Wires(self._position.rank, _routes(self._position, self._hosts, ways(every), self._device)),
+            board=ErrorBoard(store, dist.get_world_size()),
         )
+        self._equalise(joined)
+        return joined
+
+    def _own_ties(self, mine: Sequence[int]) -> tuple[list[Tied], list[Shared]]:
+        """The tied parameters of this rank with the places in its own stages; and all that several ranks share."""
+        own: list[Tied] = [(p, [g for g in groups if g[0].stage in mine]) for p, groups in self._tied]
+        return [(p, groups) for p, groups in own if groups], shared_parameters(self._tied, self._hosts)
+
+    def _equalise(self, joined: Joined) -> None:
+        """Give replicas, and then copies of shared parameters, the values of the first of them."""
+        loss = self._settings.loss_fn if joined.share.is_last else None
+        modules = [joined.module, *([loss] if isinstance(loss, nn.Module) else [])]
+        if self._position.group is not None:
+            equalise([t for m in modules for t in chain(m.parameters(), m.buffers())], self._position)
+        transport = GroupTransport(joined.wires)
+        SharedValues(joined.share.shared, self._position, transport).spread()
+        transport.flush()
+
+    def _check_loss(self) -> None:
+        """Refuse a loss with parameters of cells that are not where it is: their gradients would part."""
+        loss = self._settings.loss_fn
+        if not isinstance(loss, nn.Module):
+            return
+        own = {id(p): name for name, p in loss.named_parameters()}
+        for k, cells in enumerate(self._groups):
+            for cell_name, cell in cells if self._hosts[k] != self._hosts[-1] else ():
+                for name, p in cell.named_parameters(cell_name):
+                    if id(p) in own:
+                        raise ValueError(
+                            f"loss_fn uses {name!r} of stage {k} as {own[id(p)]!r}, but is computed on the last "
+                            "stage's rank: let the last cell use the parameter and hand on what the loss needs"
+                        )
 
     def _divided(self) -> tuple[list[int], list[int]]:
         """Cells per stage, and for every stage the rank that hosts it."""
@@ -171,33 +229,34 @@ class _Joining:
         if isinstance(schedule, Schedule):
             counts: Sequence[int] = [schedule.stages]
         else:
-            counts = [self._ranks * v for v in range(1, _MOST_STAGES + 1)]
-        count = next((n for n in counts if _workers(schedule, n, self._chunks) == self._ranks), counts[0])
+            counts = [self._workers * v for v in range(1, _MOST_STAGES + 1)]
+        count = next((n for n in counts if _workers(self._settings, n, self._chunks) == self._workers), counts[0])
         if count > cells:
             raise ValueError(
-                f"the world has {self._ranks} ranks, which makes {count} stages, but the module has {cells} cells and "
-                f"a stage needs at least one: start fewer processes (torchrun --nproc-per-node {cells}), or split cells"
+                f"the pipeline has {self._workers} ranks, which makes {count} stages, but the module has {cells} cells "
+                f"and a stage needs at least one: start fewer processes (torchrun --nproc-per-node {cells}), or split "
+                "cells"
             )
         return split_evenly(sizes, count), self._hosting(count)
 
     def _hosting(self, stages: int) -> list[int]:
-        schedule = chosen(self._settings.schedule, stages, self._chunks, (0,) * stages)
+        given = self._settings
+        schedule = chosen(given.schedule, stages, self._chunks, (0,) * stages, given.two_pass)
         workers = len(schedule.workers)
-        if workers != self._ranks:
+        if workers != self._workers:
             raise ValueError(
-                f"schedule {schedule.name!r} runs {stages} stages on {workers} ranks, one a worker, but the world has "
-                f"{self._ranks}: start {workers} processes (torchrun --nproc-per-node {workers}), or give a balance "
-                "for as many stages as the world can host"
+                f"schedule {schedule.name!r} runs {stages} stages on {workers} ranks, one a worker, but the pipeline "
+                f"has {self._workers}: start {workers} processes (torchrun --nproc-per-node {workers}), or give a "
+                "balance for as many stages as the world can host"
             )
         hosts = {int(action.stage): w for w, actions in enumerate(schedule.workers) for action in actions}
         return [hosts[k] for k in range(stages)]
 
 
 def _check_words(given: Settings) -> None:
-    if given.mesh is not None:
-        raise ValueError("mesh is not supported yet, a pipeline takes the whole world: leave mesh out")
     if given.loss_over not in ("mini_batch", "micro_batch"):
         raise ValueError(f"loss_over must be 'mini_batch' or 'micro_batch', got {given.loss_over!r}")
+    check_passes(given.two_pass, given.loss_over)
     if not callable(given.loss_fn):
         raise TypeError(f"loss_fn must be callable with outputs and targets, got {type(given.loss_fn).__name__}")
 
@@ -222,10 +281,10 @@ def _recorded(factory: Any) -> Recorded:
     return recorded(cast(Factory, factory))
 
 
-def _workers(schedule: AnySchedule, stages: int, chunks: int) -> int:
+def _workers(given: Settings, stages: int, chunks: int) -> int:
     """How many workers the schedule has for so many stages; 0 if it has none for them."""
     try:
-        return len(chosen(schedule, stages, chunks, (0,) * stages).workers)
+        return len(chosen(given.schedule, stages, chunks, (0,) * stages, given.two_pass).workers)
     except ValueError:
         return 0
 
@@ -237,23 +296,37 @@ def _digest(schedule: Schedule) -> int:
 def _described(cell: Cell) -> str:
     """What the ranks' modules must share: names, shapes and types."""
     name, module = cell
-    held = [f"{n} {tuple(t.shape)} {t.dtype}" for n, t in chain(module.named_parameters(), module.named_buffers())]
+    held = [
+        f"{n} {tuple(p.shape)} {p.dtype}{'' if p.requires_grad else ' frozen'}" for n, p in module.named_parameters()
+    ]
+    held += [f"{n} {tuple(b.shape)} {b.dtype}" for n, b in module.named_buffers()]
     return f"{name!r}, {type(module).__name__} with {', '.join(held) or 'no parameters'}"
 
 
-def _routes(hosts: Sequence[int], ranks: int, device: torch.device) -> dict[Key, Route]:
-    """All routes, with tags in the same order on every rank."""
-    if ranks == 1:
+def _routes(
+    position: Position, hosts: Sequence[int], shared: Sequence[tuple[int, int, Lane]], device: torch.device
+) -> dict[Key, Route]:
+    """All routes of this rank's pipeline and of the relay, with tags in the same order on every rank.
+
+    Args:
+        position: Of the rank.
+        hosts: For every stage its worker.
+        shared: Workers that tell each other of shared parameters.
+        device: Where this rank's stages live.
+    """
+    if dist.get_world_size() == 1:
         return {}
     forward, backward = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
     assert isinstance(forward, dist.ProcessGroup)
     assert isinstance(backward, dist.ProcessGroup)
-    cpu = torch.device("cpu")
+    cpu, ranks = torch.device("cpu"), position.pipeline
     ways: list[tuple[Key, int, int, dist.ProcessGroup, torch.device]] = []
-    for k, (here, there) in enumerate(pairwise(hosts)):
+    for k, (here, there) in enumerate(pairwise(ranks[host] for host in hosts)):
         ways.append(((k, k + 1, Direction.FORWARD), here, there, forward, device))
         ways.append(((k + 1, k, Direction.BACKWARD), there, here, backward, device))
-    for here, there in pairwise(dict.fromkeys(hosts)):
+    for source, target, lane in shared:
+        ways.append(((ranks[source], ranks[target], lane), ranks[source], ranks[target], backward, device))
+    for here, there in links(position):
         ways.append(((here, there, Lane.START), here, there, forward, cpu))
         ways.append(((there, here, Lane.DONE), there, here, backward, cpu))
         ways.append(((here, there, Lane.ALL_DONE), here, there, forward, cpu))

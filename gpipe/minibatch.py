@@ -20,9 +20,10 @@ from gpipe.metering import Meters
 from gpipe.recording import Recording
 from gpipe.schedule import Action, Schedule
 from gpipe.stage import Flight, Head, Stage
-from gpipe.tied import Replicas, Tied
+from gpipe.tied import Replicas, Tied, added
 from gpipe.timeline import Span
-from gpipe.transport import CALLER, Direction, ThreadTransport
+from gpipe.transport import CALLER, Direction, Drain, Supply, ThreadTransport
+from gpipe.two_pass import passes
 from gpipe.worker import Work, Workers, perform
 
 Actions = Sequence[Sequence[Action]]
@@ -58,6 +59,7 @@ class MiniBatch:
         defer_batch_norm: Collect batch-norm statistics and commit them after forward.
         head: Computes each micro-batch's loss on the last stage, for schedules that interleave forward and backward.
         metered: Count what the stages hold.
+        two_pass: ``forward`` is the first pass, ``backward`` the second, whose schedule is given.
     """
 
     def __init__(
@@ -70,9 +72,12 @@ class MiniBatch:
         defer_batch_norm: bool = False,
         head: Head | None = None,
         metered: bool = False,
+        two_pass: bool = False,
     ) -> None:
         self._pipeline = pipeline
         self._schedule = schedule
+        self._two_pass = two_pass
+        self._supply: Supply | None = None
         self._context = CallerContext.capture([s.device for s in pipeline.stages])
         self._statistics: Statistics | None = {} if defer_batch_norm else None
         last = len(pipeline.stages) - 1
@@ -84,6 +89,7 @@ class MiniBatch:
                 recomputed=frozenset(m for k, m in schedule.recomputed if k == stage.index),
                 statistics=self._statistics,
                 head=head if stage.index == last else None,
+                two_pass=two_pass,
             )
             for stage in pipeline.stages
         ]
@@ -102,17 +108,23 @@ class MiniBatch:
 
     def forward(self, inputs: Sequence[Boundary]) -> list[Boundary]:
         """Run the forward half on every micro-batch's input; gives every micro-batch's output."""
-        if self._schedule.recomputed:
+        if self._schedule.recomputed or self._two_pass:
             self._found = Found([m for flight in self._flights for m in flight.modules])
-        forward, _ = self._schedule.halves
+        forward, _ = self._halves
         transport = self._transport()
-        self._enter(inputs, transport)
+        if self._two_pass:
+            meters = self.recording.meters
+            copy = Boundary.copy if meters is None else partial(Boundary.map, function=partial(meters.delivered, 0))
+            self._supply = Supply(inputs, copy)
+            transport.connect(CALLER, 0, Direction.FORWARD, self._supply)
+        else:
+            self._enter(inputs, transport)
         self._perform(forward, transport, self._context)
         self._commit()
         return [transport.receive(self._last, CALLER, Direction.FORWARD, m) for m in range(len(inputs))]
 
     def backward(self, keep_graph: bool) -> tuple[list[Gradients], list[Tensor | None]]:
-        """Run the rest of the schedule on ``output_gradients``.
+        """Run the rest of the schedule, or the second pass, on ``output_gradients``.
 
         Args:
             keep_graph: Another backward of this mini-batch may follow.
@@ -137,15 +149,19 @@ class MiniBatch:
         self._spent = not keep_graph
         for flight in self._flights:
             flight.keep_graph = keep_graph
-        _, backward = self._schedule.halves
+        _, backward = self._halves
         transport = self._transport()
+        if self._supply is not None:
+            transport.connect(CALLER, 0, Direction.FORWARD, self._supply)
+            transport.connect(self._last, CALLER, Direction.FORWARD, Drain())
         gradients, self.output_gradients = self.output_gradients, []
         for m, by_leaf in enumerate(gradients):
             transport.send(CALLER, self._last, Direction.BACKWARD, m, by_leaf)
         count = len(gradients)
         del gradients, by_leaf
         with collected(self.parameters) as totals, self._found.restored() if self._found else nullcontext():
-            self._perform(backward, transport, CallerContext.capture([s.device for s in self._pipeline.stages]))
+            modes = CallerContext.capture([s.device for s in self._pipeline.stages])
+            self._perform(backward, transport, modes, repeats=self._two_pass)
             self._replicas.add_up()
         return [transport.receive(0, CALLER, Direction.BACKWARD, m) for m in range(count)], totals
 
@@ -175,12 +191,19 @@ class MiniBatch:
         for m, boundary in enumerate(inputs):
             transport.send(CALLER, 0, Direction.FORWARD, m, boundary.copy())
 
+    @property
+    def _halves(self) -> tuple[Actions, Actions]:
+        """What workers do before the caller's loss, and after."""
+        return passes(self._schedule) if self._two_pass else self._schedule.halves
+
     def _transport(self) -> ThreadTransport:
         return ThreadTransport([stage.device for stage in self._pipeline.stages], self.recording.meters)
 
-    def _perform(self, actions: Actions, transport: ThreadTransport, backward_modes: CallerContext) -> None:
+    def _perform(
+        self, actions: Actions, transport: ThreadTransport, backward_modes: CallerContext, repeats: bool = False
+    ) -> None:
         flights = dict(enumerate(self._flights))
-        work = Work(flights, len(flights), transport, self._context, backward_modes, self.recording.meters)
+        work = Work(flights, len(flights), transport, self._context, backward_modes, self.recording.meters, repeats)
         jobs = [self._job(work, *worker) for worker in zip(actions, self.recording.spans, strict=True) if worker[0]]
         self._pipeline.workers.run(jobs, transport.abort)
 
@@ -208,14 +231,21 @@ class Finished:
     """A mini-batch that has gone forward and backward, its gradients waiting to be handed to autograd."""
 
     parameters: Sequence[Tensor]
-    _arrived: list[Gradients]
-    _totals: list[Tensor | None]
+    arrived: list[Gradients]
+    totals: list[Tensor | None]
     output_gradients: list[Gradients] = field(default_factory=list)
+
+    def and_also(self, parameters: Sequence[Tensor], totals: Sequence[Tensor | None]) -> None:
+        """Take in gradients computed elsewhere, added where there are some already."""
+        own = dict(zip(self.parameters, self.totals, strict=True))
+        for p, total in zip(parameters, totals, strict=True):
+            own[p] = added([own.get(p), total], p.device)
+        self.parameters, self.totals = list(own), list(own.values())
 
     def backward(self, keep_graph: bool) -> tuple[list[Gradients], list[Tensor | None]]:
         """Give what the workers computed, once."""
-        arrived, totals = self._arrived, self._totals
-        self._arrived, self._totals = [], []
+        arrived, totals = self.arrived, self.totals
+        self.arrived, self.totals = [], []
         return arrived, totals
 
 

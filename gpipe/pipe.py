@@ -29,6 +29,7 @@ from gpipe.settings import (
     check_checkpoint,
     check_chunks,
     check_devices,
+    check_passes,
     check_seed,
     kept_micro_batches,
 )
@@ -115,13 +116,13 @@ class GPipe(nn.Module):
         """
         if not self._stages:
             return inputs
-        return self._run(inputs, "gpipe")
+        return self._run(inputs)
 
-    def _run(self, inputs: Any, schedule: AnySchedule) -> Any:
-        """All forwards of a mini-batch; autograd runs the rest of the schedule."""
+    def _run(self, inputs: Any, schedule: AnySchedule = None, two_pass: bool = False) -> Any:
+        """All forwards of a mini-batch; autograd runs the rest of the schedule, or the second pass."""
         with self._lock:
             parts = self._scattered(inputs)
-            batch = self._mini_batch(len(parts), schedule)
+            batch = self._mini_batch(len(parts), schedule, two_pass=two_pass)
             outputs = batch.forward([Boundary.of(part) for part in parts])
             self.step += self.training
         trees = attach(batch, parts, outputs) if torch.is_grad_enabled() else [output.tree() for output in outputs]
@@ -136,7 +137,8 @@ class GPipe(nn.Module):
         loss_fn: LossFunction,
         loss_over: Literal["mini_batch", "micro_batch"] = "mini_batch",
         *,
-        schedule: AnySchedule = "gpipe",
+        schedule: AnySchedule = None,
+        two_pass: bool = False,
     ) -> Tensor:
         """Forward, loss and backward in one call; gradients are added to ``parameter.grad``.
 
@@ -148,8 +150,15 @@ class GPipe(nn.Module):
             loss_over: ``"mini_batch"`` calls it once on all outputs. ``"micro_batch"`` calls it in the last stage on
                 every micro-batch and adds the results weighted by rows, which is the same for a mean over rows.
             schedule: A name of ``gpipe.schedules.BUILDERS``, or such a builder. Those that interleave forward and
-                backward need ``loss_over="micro_batch"``. Or a ``Schedule`` for as many stages and micro-batches as
-                there are, with its own recompute: ``checkpoint`` then does not count.
+                backward need ``loss_over="micro_batch"`` or ``two_pass``. Or a ``Schedule`` for as many stages and
+                micro-batches as there are, with its own recompute: ``checkpoint`` then does not count. None is
+                ``"gpipe"``, and ``"one_f_one_b"`` with ``two_pass``.
+            two_pass: For huge mini-batches under a loss over all of them: first all forwards, of which the outputs
+                alone are kept, and the loss; then every micro-batch forward again, and backward, as ``schedule`` and
+                ``checkpoint`` say. The same bits for a forward more; a stage holds the micro-batches under way instead
+                of a boundary of each. ``schedule`` goes from the last micro-batch to the first, so that gradients are
+                added up as in one pass, unless it is a ``Schedule``. In the second pass ``is_recomputing()`` is true,
+                and the timeline shows its forwards as recomputes, R.
 
         Returns:
             The loss, without graph.
@@ -159,6 +168,7 @@ class GPipe(nn.Module):
         """
         if loss_over not in ("mini_batch", "micro_batch"):
             raise ValueError(f"loss_over must be 'mini_batch' or 'micro_batch', got {loss_over!r}")
+        check_passes(two_pass, loss_over)
         if not torch.is_grad_enabled():
             raise RuntimeError("train_step computes gradients: call it outside torch.no_grad() and inference_mode()")
         if not callable(loss_fn):
@@ -166,8 +176,9 @@ class GPipe(nn.Module):
         rows = row_count(inputs)
         self._check_targets(targets, rows)
         if loss_over == "mini_batch" or not self._stages:
-            outputs = self._run(inputs, schedule) if self._stages else inputs
+            outputs = self._run(inputs, schedule, two_pass) if self._stages else inputs
             loss = checked_loss(loss_fn(outputs, self._on_last(targets)))
+            del outputs
             with autocast_off():
                 loss.backward()  # type: ignore[no-untyped-call]
             return loss.detach()
@@ -284,7 +295,9 @@ class GPipe(nn.Module):
         self.recording = Recording()
         self.metered = False
 
-    def _mini_batch(self, micro_batches: int, schedule: AnySchedule, head: Head | None = None) -> MiniBatch:
+    def _mini_batch(
+        self, micro_batches: int, schedule: AnySchedule, head: Head | None = None, two_pass: bool = False
+    ) -> MiniBatch:
         module = vars(self)["module"]
         if isinstance(module, nn.Sequential) and list(module._modules.values()) != [cell for _, cell in self._cells]:
             raise RuntimeError("the wrapped module's cells were replaced after wrapping: wrap the module again")
@@ -298,12 +311,13 @@ class GPipe(nn.Module):
         refuse_transforms(parameters.values() if torch.is_grad_enabled() else ())
         batch = MiniBatch(
             Pipeline(self._stages, self._workers, self._lock, list(parameters.values()), self._tied),
-            chosen(schedule, len(self._stages), micro_batches, keep),
+            chosen(schedule, len(self._stages), micro_batches, keep, two_pass),
             seed=self.seed,
             step=self.step,
             defer_batch_norm=self.deferred_batch_norm,
             head=head,
             metered=self.metered,
+            two_pass=two_pass,
         )
         self.recording = batch.recording
         return batch

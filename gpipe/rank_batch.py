@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gpipe.autograd import attach
+from gpipe.batchnorm import Statistics
 from gpipe.boundary import Boundary, Gradients, new_anchor
 from gpipe.context import CallerContext, autocast_off
 from gpipe.found import Found
@@ -19,42 +20,12 @@ from gpipe.group_transport import GroupTransport
 from gpipe.minibatch import Finished
 from gpipe.recording import Recording
 from gpipe.schedule import Action, Kind, Schedule
-from gpipe.stage import Flight, Head, Stage
-from gpipe.tied import Replicas, tied_parameters
-from gpipe.transport import CALLER, Direction
+from gpipe.share import Share
+from gpipe.stage import Flight, Head
+from gpipe.tied import Replicas, added
+from gpipe.transport import CALLER, Direction, Drain, Supply
+from gpipe.two_pass import passes
 from gpipe.worker import Work, perform
-
-
-@dataclass(frozen=True)
-class Share:
-    """What a rank has of a pipeline.
-
-    Attributes:
-        rank: The rank, which is the schedule's worker.
-        hosts: For every stage of the pipeline the rank that hosts it.
-        stages: The rank's own by their index.
-        device: Where they live.
-    """
-
-    rank: int
-    hosts: Sequence[int]
-    stages: Mapping[int, Stage]
-    device: torch.device
-
-    @property
-    def last(self) -> int:
-        """Index of the pipeline's last stage."""
-        return len(self.hosts) - 1
-
-    @property
-    def is_first(self) -> bool:
-        """Whether the first stage is here."""
-        return self.hosts[0] == self.rank
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the last stage is here."""
-        return self.hosts[-1] == self.rank
 
 
 class RankBatch:
@@ -66,8 +37,11 @@ class RankBatch:
         transport: Connects them.
         seed: The pipe's base seed.
         step: The training step, which random draws depend on.
+        first: What else they depend on: the number of the first micro-batch among those of all replicas.
         head: Computes each micro-batch's loss, for the last stage, where the workers do that.
         parameters: The trainable parameters of this rank.
+        two_pass: ``forward`` is the first pass, ``backward`` the second, whose schedule is given.
+        statistics: Where deferred batch-norm layers collect, None if they are not deferred.
     """
 
     def __init__(
@@ -78,13 +52,18 @@ class RankBatch:
         *,
         seed: int,
         step: int,
+        first: int = 0,
         head: Head | None = None,
         parameters: Sequence[Tensor] = (),
+        two_pass: bool = False,
+        statistics: Statistics | None = None,
     ) -> None:
         self._share = share
         self._schedule = schedule
         self._transport = transport
         self._parameters = parameters
+        self._two_pass = two_pass
+        self._supply: Supply | None = None
         self._context = CallerContext.capture([share.device])
         self._micro_batches = range(schedule.micro_batches)
         self.recording = Recording([[]])
@@ -93,55 +72,67 @@ class RankBatch:
                 stage=stage,
                 seed=seed,
                 step=step,
+                first_micro_batch=first,
                 recomputed=frozenset(m for at, m in schedule.recomputed if at == k),
+                statistics=statistics,
                 head=head if k == share.last else None,
+                two_pass=two_pass,
             )
             for k, stage in share.stages.items()
         }
-        own = [list(zip(stage.names, stage.cells, strict=True)) for stage in share.stages.values()]
-        self._replicas = Replicas(tied_parameters(own), [share.device] * len(own))
+        self._replicas = Replicas(share.tied, [share.device] * len(share.hosts))
+        self.parts: dict[Tensor, list[Tensor | None]] = {}
         self._found: Found | None = None
-        self._open_channels()
+        self._open_channels(backward=torch.is_grad_enabled() and not two_pass)
 
     def forward(self, inputs: Sequence[Boundary]) -> list[Boundary] | None:
         """Run all forwards; takes inputs where the first stage is, gives outputs where the last is, None elsewhere."""
-        if self._schedule.recomputed and torch.is_grad_enabled():
+        if (self._schedule.recomputed or self._two_pass) and torch.is_grad_enabled():
             self._found = Found([m for flight in self._flights.values() for m in flight.modules])
+        if self._two_pass and self._share.is_first:
+            self._supply = Supply(inputs, Boundary.copy)
         self._enter(inputs)
-        own = self._schedule.workers[self._share.rank]
-        self._perform([action for action in own if action.kind == Kind.FORWARD], self._context)
+        self._perform(self._halves[0], self._context)
         return self._left()
 
     def backward(self, output_gradients: Sequence[Gradients]) -> Finished:
-        """Run the rest of the schedule, after ``forward``; the output gradients are given where the last stage is."""
+        """Run what follows ``forward``; the output gradients are given where the last stage is."""
         if self._found is not None:
             self._found.check()
+        if self._two_pass:
+            self._open_channels(backward=True)
+            self._enter(())
+            if self._share.is_last:
+                self._transport.connect(self._share.last, CALLER, Direction.FORWARD, Drain())
         for m, gradients in enumerate(output_gradients):
             self._transport.send(CALLER, self._share.last, Direction.BACKWARD, m, gradients)
-        own = self._schedule.workers[self._share.rank]
-        rest = [action for action in own if action.kind != Kind.FORWARD]
         with collected(self._parameters) as totals, self._found.restored() if self._found else nullcontext():
-            self._perform(rest, self._context.without_autocast())
-            self._replicas.add_up()
+            self._perform(self._halves[1], self._context.without_autocast(), repeats=self._two_pass)
+            self._add_up()
         return self._finished(totals)
 
-    def forward_and_backward(self, inputs: Sequence[Boundary]) -> tuple[list[Boundary] | None, Finished]:
-        """Run the whole schedule; where the last stage is, gives what its ``head`` made of every micro-batch."""
+    def forward_and_backward(self, inputs: Sequence[Boundary], scale: Tensor) -> tuple[list[Boundary] | None, Finished]:
+        """Run the whole schedule; where the last stage is, gives what its ``head`` made of every micro-batch.
+
+        Args:
+            inputs: Of every micro-batch, where the first stage is.
+            scale: What the losses' gradient begins with.
+        """
         self._enter(inputs)
         if self._share.is_last:
             for m in self._micro_batches:
-                one = torch.ones((), device=self._share.device)
-                self._transport.send(CALLER, self._share.last, Direction.BACKWARD, m, [one])
+                self._transport.send(CALLER, self._share.last, Direction.BACKWARD, m, [scale])
         with collected(self._parameters) as totals:
-            self._perform(self._schedule.workers[self._share.rank], self._context.without_autocast())
-            self._replicas.add_up()
+            self._perform(self._schedule.workers[self._share.worker], self._context.without_autocast())
+            self._add_up()
         return self._left(), self._finished(totals)
 
-    def _open_channels(self) -> None:
+    def _open_channels(self, backward: bool) -> None:
+        """Make ready for what a pass brings: a message of every micro-batch forward, and maybe one backward."""
         share, count = self._share, self._schedule.micro_batches
         for before, after in zip(range(share.last), range(1, share.last + 1), strict=True):
             ends = (before, after, Direction.FORWARD), (after, before, Direction.BACKWARD)
-            for source, target, direction in ends if torch.is_grad_enabled() else ends[:1]:
+            for source, target, direction in ends if backward else ends[:1]:
                 if target in share.stages:
                     elsewhere = source not in share.stages
                     self._transport.open((source, target, direction), count if elsewhere else 0)
@@ -152,7 +143,18 @@ class RankBatch:
             self._transport.open((share.last, CALLER, Direction.FORWARD))
             self._transport.open((CALLER, share.last, Direction.BACKWARD))
 
+    @property
+    def _halves(self) -> tuple[Sequence[Action], Sequence[Action]]:
+        """What this rank does before the loss, and after."""
+        own = self._schedule.workers[self._share.worker]
+        if self._two_pass:
+            return passes(self._schedule)[0][self._share.worker], own
+        return [a for a in own if a.kind == Kind.FORWARD], [a for a in own if a.kind != Kind.FORWARD]
+
     def _enter(self, inputs: Sequence[Boundary]) -> None:
+        if self._supply is not None:
+            self._transport.connect(CALLER, 0, Direction.FORWARD, self._supply)
+            return
         for m, boundary in enumerate(inputs):
             self._transport.send(CALLER, 0, Direction.FORWARD, m, boundary.copy())
 
@@ -167,11 +169,21 @@ class RankBatch:
             arrived = [self._transport.receive(0, CALLER, Direction.BACKWARD, m) for m in self._micro_batches]
         return Finished(self._parameters, [*arrived, [None]], totals)
 
-    def _perform(self, actions: Sequence[Action], backward_modes: CallerContext) -> None:
+    def _add_up(self) -> None:
+        """Add up what the own cells gave to a tied parameter, unless cells on other ranks gave too."""
+        shared = {s.parameter for s in self._share.shared}
+        for parameter, parts in self._replicas.parts().items():
+            if parameter in shared:
+                parameter.grad, self.parts[parameter] = None, parts
+            else:
+                parameter.grad = added(parts, self._share.device)
+
+    def _perform(self, actions: Sequence[Action], backward_modes: CallerContext, repeats: bool = False) -> None:
         """Perform actions in this thread, which has the caller's modes already, but for what autocasts where."""
-        work = Work(self._flights, len(self._share.hosts), self._transport, self._context, backward_modes)
+        stages = len(self._share.hosts)
+        work = Work(self._flights, stages, self._transport, self._context, backward_modes, repeats=repeats)
         with self._context.applied(self._share.device), autocast_off(), ExitStack() as guards:
-            guards.enter_context(self._replicas.in_place(range(len(self._share.stages))))
+            guards.enter_context(self._replicas.in_place(list(self._share.stages)))
             for stage in self._share.stages.values():
                 guards.enter_context(stage.draws.guard(str(stage)))
             perform(work, actions, self.recording.spans[0])

@@ -86,8 +86,8 @@ class Schedule:
                 raise ScheduleError(
                     f"schedule {self.name!r} interleaves forward and backward (worker {worker} runs "
                     f"{actions[late[0] + 1]} after a backward), so no loss over the whole mini-batch exists between "
-                    "them: use loss_over='micro_batch', or a schedule that runs all forwards first ('gpipe', "
-                    "'gpipe_zero_bubble')"
+                    "them: use loss_over='micro_batch', or two_pass=True, or a schedule that runs all forwards first "
+                    "('gpipe', 'gpipe_zero_bubble')"
                 )
         return (
             tuple(actions[:n] for n, actions in zip(counts, self._workers, strict=True)),

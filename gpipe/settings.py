@@ -80,6 +80,17 @@ def _indexed(device: torch.device) -> torch.device:
     return torch.device(device.type, torch.accelerator.current_device_index())
 
 
+def check_passes(two_pass: Any, loss_over: str) -> None:
+    """Refuse a ``two_pass`` that is no bool, or is asked for where there is no loss over the mini-batch."""
+    if not isinstance(two_pass, bool):
+        raise TypeError(f"two_pass must be True or False, got {two_pass!r}")
+    if two_pass and loss_over == "micro_batch":
+        raise ValueError(
+            "two_pass=True is for a loss over the whole mini-batch; with loss_over='micro_batch' forward, loss and "
+            "backward of a micro-batch follow each other anyway: leave two_pass out, or give loss_over='mini_batch'"
+        )
+
+
 def check_seed(seed: Any) -> int:
     """``seed`` as an int; None draws it from torch's default generator."""
     if seed is None:

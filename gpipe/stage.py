@@ -94,13 +94,19 @@ class _Graph:
 
 
 @dataclass(slots=True)
-class _Saved:
-    """What a stage keeps of a micro-batch whose activations it dropped."""
+class _First:
+    """What is to be known of a forward that will be repeated."""
+
+    before: Before
+    outputs: tuple[torch.Size | None, ...]  # for every leaf its shape, if it needs a gradient
+
+
+@dataclass(slots=True)
+class _Kept:
+    """The boundary of a micro-batch whose activations were dropped."""
 
     boundary: Boundary
     versions: tuple[int, ...]
-    before: Before
-    outputs_need_grad: tuple[bool, ...]
 
 
 @dataclass
@@ -110,69 +116,99 @@ class Flight:
     Attributes:
         stage: The stage.
         seed, step: What random draws depend on, beside micro-batch and cell.
+        first_micro_batch: The number, for random draws, of micro-batch 0.
         recomputed: Micro-batches whose activations are dropped and recomputed.
         statistics: Where deferred batch-norm layers collect, None if they are not deferred.
         head: Computes the loss of one micro-batch from the last stage's output, where the workers do that.
+        two_pass: Every forward comes twice: first without any backward to follow, then as its repetition.
         keep_graph: Backward may come again (``retain_graph=True``).
     """
 
     stage: Stage
     seed: int
     step: int
+    first_micro_batch: int = 0
     recomputed: frozenset[int] = frozenset()
     statistics: Statistics | None = None
     head: Head | None = None
+    two_pass: bool = False
     keep_graph: bool = False
     cell: str | None = None
     _graphs: dict[int, _Graph] = field(default_factory=dict)
-    _saved: dict[int, _Saved] = field(default_factory=dict)
+    _first: dict[int, _First] = field(default_factory=dict)
+    _kept: dict[int, _Kept] = field(default_factory=dict)
     _brought: dict[tuple[int, int], Brought] = field(default_factory=dict)
     _observed: bool = False
 
     def forward(self, m: int, boundary: Boundary) -> Boundary:
-        """Run micro-batch ``m`` through the cells; without a graph if it will be recomputed."""
+        """Run micro-batch ``m`` through the cells; without a graph if it will be recomputed or comes again."""
         if not torch.is_grad_enabled():
             return Boundary.of(self._run(Phase(m, statistics=self.statistics), boundary.tree()))
+        if self.two_pass and m not in self._first:
+            return self._run_first(m, boundary)
         if m in self.recomputed:
             return self._forward_dropping(m, boundary)
-        self._graphs[m], outputs = self._record(Phase(m, statistics=self.statistics), boundary)
+        if self.two_pass:
+            self._graphs[m], outputs = self._repeat(m, boundary)
+            self._forget(m)
+        else:
+            self._graphs[m], outputs = self._record(Phase(m, statistics=self.statistics), boundary)
         return outputs
 
     def _forward_dropping(self, m: int, boundary: Boundary) -> Boundary:
-        """Forward that keeps the boundary alone.
-
-        A graph is recorded, and let go at the end. Under ``no_grad`` nobody would know which outputs need a gradient,
-        and some operators would take another path than in the recompute.
-        """
+        """Forward that keeps the boundary alone."""
         versions = boundary.versions()
-        phase = Phase(m, checkpointing=True, statistics=self.statistics)
-        with self.stage.buffers.watched(self._watched) as before:
-            _, outputs = self._record(phase, boundary.copy())
-        self._saved[m] = _Saved(boundary, versions, before, outputs.needs_grad)
+        if m in self._first:
+            _, outputs = self._repeat(m, boundary.copy(), checkpointing=True)
+        else:
+            outputs = self._run_first(m, boundary.copy())
+        self._kept[m] = _Kept(boundary, versions)
         return outputs
 
     def recompute(self, m: int) -> None:
         """Run micro-batch ``m`` forward again, recording the graph this time."""
-        saved = self._saved[m] if self.keep_graph else self._saved.pop(m)
-        if not any(saved.outputs_need_grad):
-            self._graphs[m] = _Graph([], [None] * len(saved.boundary.leaves), new_anchor())
-            return
-        if saved.boundary.versions() != saved.versions:
+        kept = self._kept[m] if self.keep_graph else self._kept.pop(m)
+        if not any(shape is not None for shape in self._first[m].outputs):
+            self._graphs[m] = _Graph([], [None] * len(kept.boundary.leaves), new_anchor())
+        else:
+            if kept.boundary.versions() != kept.versions:
+                raise RuntimeError(
+                    "a tensor that is needed to recompute this micro-batch was modified in place after forward used "
+                    "it: modify a clone, or wrap with checkpoint='never'"
+                )
+            boundary = kept.boundary.copy() if self.keep_graph else kept.boundary
+            self._graphs[m], _ = self._repeat(m, boundary)
+        self._forget(m)
+
+    def _run_first(self, m: int, boundary: Boundary) -> Boundary:
+        """Forward of which nothing is kept but what its repetition has to know.
+
+        A graph is recorded, and let go at the end. Under ``no_grad`` nobody would know which outputs need a gradient,
+        and some operators would take another path than in the repetition.
+        """
+        phase = Phase(m, checkpointing=True, statistics=self.statistics)
+        with self.stage.buffers.watched(self._watched) as before:
+            _, outputs = self._record(phase, boundary)
+        self._first[m] = _First(before, _expected(outputs))
+        return outputs
+
+    def _repeat(self, m: int, boundary: Boundary, checkpointing: bool = False) -> tuple[_Graph, Boundary]:
+        """Forward from what the first one started from: the same draws and buffers, and no traces of its own."""
+        first = self._first[m]
+        phase = Phase(m, checkpointing=checkpointing, recomputing=True, statistics=self.statistics)
+        with rewound(first.before):
+            graph, outputs = self._record(phase, boundary)
+        if (found := _expected(outputs)) != first.outputs:
             raise RuntimeError(
-                "a tensor that is needed to recompute this micro-batch was modified in place after forward used it: "
-                "modify a clone, or wrap with checkpoint='never'"
+                "the recompute gave other outputs than forward did (shapes of the leaves, None for those that need no "
+                f"gradient: {_shown(found)}, forward {_shown(first.outputs)}): a cell must compute the same both times"
             )
-        boundary = saved.boundary.copy() if self.keep_graph else saved.boundary
-        with rewound(saved.before):
-            phase = Phase(m, recomputing=True, statistics=self.statistics)
-            self._graphs[m], outputs = self._record(phase, boundary)
-        if outputs.needs_grad != saved.outputs_need_grad:
-            raise RuntimeError(
-                "the recompute gave other outputs than forward did "
-                f"({len(outputs.needs_grad)} leaves needing gradients {outputs.needs_grad}, forward "
-                f"{len(saved.outputs_need_grad)} and {saved.outputs_need_grad}): "
-                "a cell must compute the same both times"
-            )
+        return graph, outputs
+
+    def _forget(self, m: int) -> None:
+        """Let go of what repetitions of micro-batch ``m`` had to know, after the last of them."""
+        if not self.keep_graph:
+            del self._first[m]
 
     def backward(self, m: int, gradients: Sequence[Tensor | None]) -> Gradients:
         """Run micro-batch ``m`` backward; parameter gradients accumulate in ``parameter.grad``.
@@ -221,7 +257,7 @@ class Flight:
 
     def _lasting(self, m: int) -> bool:
         """Whether the graph of a micro-batch is to outlive its backward."""
-        return self.keep_graph and m not in self.recomputed
+        return self.keep_graph and m not in self.recomputed and not self.two_pass
 
     def _record(self, phase: Phase, boundary: Boundary) -> tuple[_Graph, Boundary]:
         arrived: Gradients = []
@@ -239,12 +275,12 @@ class Flight:
         with running(phase):
             for i, cell in enumerate(stage.cells):
                 self.cell = f"{stage.names[i]} ({type(cell).__name__})"
-                seed = cell_seed(self.seed, self.step, m, stage.first_cell + i)
+                seed = cell_seed(self.seed, self.step, self.first_micro_batch + m, stage.first_cell + i)
                 with stage.draws.cell(i, seed, observe, self._generators(m, i), phase.recomputing):
                     value = cell(value)
             if self.head is not None:
                 self.cell = "loss_fn"
-                seed = cell_seed(self.seed, self.step, m, stage.first_cell + len(stage.cells))
+                seed = cell_seed(self.seed, self.step, self.first_micro_batch + m, stage.first_cell + len(stage.cells))
                 brought = self._generators(m, len(stage.cells))
                 with stage.draws.cell(len(stage.cells), seed, observe, brought, phase.recomputing):
                     value = self.head(m, value)
@@ -253,8 +289,8 @@ class Flight:
         return value
 
     def _generators(self, m: int, cell: int) -> Brought:
-        """Where the states of the generators a cell brings are kept for its recompute."""
-        return self._brought.setdefault((m, cell), {}) if m in self.recomputed else {}
+        """Where the states of the generators a cell brings are kept for its repetition."""
+        return self._brought.setdefault((m, cell), {}) if self.two_pass or m in self.recomputed else {}
 
     @cached_property
     def modules(self) -> list[nn.Module]:
@@ -266,3 +302,12 @@ class Flight:
     def _watched(self) -> list[nn.Module]:
         """Those whose buffers a recompute would change again."""
         return [m for m in self.modules if self.statistics is None or not deferred(m)]
+
+
+def _expected(outputs: Boundary) -> tuple[torch.Size | None, ...]:
+    """For every leaf its shape, if it needs a gradient."""
+    return tuple(x.shape if needed else None for x, needed in zip(outputs.leaves, outputs.needs_grad, strict=True))
+
+
+def _shown(expected: tuple[torch.Size | None, ...]) -> list[tuple[int, ...] | None]:
+    return [shape if shape is None else tuple(shape) for shape in expected]

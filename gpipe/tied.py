@@ -108,15 +108,27 @@ class Replicas:
                 place.module._parameters[place.name] = parameter
 
     def add_up(self) -> None:
-        """Add the leaves' gradients to their parameters', cell after cell, and forget them."""
+        """Make the leaves' gradients, added up cell after cell, those of the parameters, and forget them."""
+        for parameter, parts in self.parts().items():
+            parameter.grad = added(parts, parameter.device)
+
+    def parts(self) -> dict[Tensor, list[Tensor | None]]:
+        """The gradients of every tied parameter's leaves, cell after cell; nobody holds them any longer."""
+        found: dict[Tensor, list[Tensor | None]] = {}
         for parameter, leaves in self._leaves:
-            total = None
+            found[parameter] = [leaf.grad for leaf in leaves]
             for leaf in leaves:
-                if leaf.grad is not None:
-                    gradient = leaf.grad.to(parameter.device)
-                    total = gradient if total is None else total + gradient
                 leaf.grad = None
-            parameter.grad = total
+        return found
+
+
+def added(parts: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
+    """The sum of gradients in their order; None where there is none."""
+    total = None
+    for gradient in parts:
+        if gradient is not None:
+            total = gradient.to(device) if total is None else total + gradient.to(device)
+    return total
 
 
 def _leaf(parameter: nn.Parameter, device: torch.device) -> Tensor:

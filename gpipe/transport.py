@@ -6,7 +6,7 @@ target of the last. Messages carry their micro-batch, so sender and receiver nee
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import partial
 from queue import SimpleQueue
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gpipe.boundary import map_message
+from gpipe.boundary import Boundary, map_message
 from gpipe.metering import Meters
 
 CALLER = -1
@@ -74,6 +74,41 @@ class Channel:
         self._queue.put(None)
 
 
+class Supply(Channel):
+    """The inputs of two passes: the first stage gets a copy when it takes one, so that none wait in memory.
+
+    Args:
+        inputs: By micro-batch.
+        copy: Makes the copy.
+    """
+
+    def __init__(self, inputs: Sequence[Boundary], copy: Callable[[Boundary], Boundary]) -> None:
+        super().__init__()
+        self._inputs, self._copy = inputs, copy
+        self._versions = [boundary.versions() for boundary in inputs]
+
+    def take(self, micro_batch: int) -> Any:
+        """A copy of a micro-batch's input.
+
+        Raises:
+            RuntimeError: It was modified since the first pass began.
+        """
+        boundary = self._inputs[micro_batch]
+        if boundary.versions() != self._versions[micro_batch]:
+            raise RuntimeError(
+                "the inputs were modified in place after the first of two passes: let loss_fn modify a clone, or leave "
+                "two_pass out"
+            )
+        return self._copy(boundary)
+
+
+class Drain(Channel):
+    """What the last stage has for a caller that does not need it."""
+
+    def put(self, micro_batch: int, message: Any) -> None:
+        """Let go of a message."""
+
+
 class ThreadTransport:
     """Channels between threads of one process, for a chain of stages.
 
@@ -95,6 +130,10 @@ class ThreadTransport:
             **{(a, b, Direction.FORWARD): Channel() for a, b in pairs},
             **{(b, a, Direction.BACKWARD): Channel() for a, b in pairs},
         }
+
+    def connect(self, source: int, target: int, direction: Direction, channel: Channel) -> None:
+        """Let ``channel`` carry these messages."""
+        self._channels[source, target, direction] = channel
 
     def send(self, source: int, target: int, direction: Direction, micro_batch: int, message: Any) -> None:
         """Hand a message over; tensors for another accelerator start on their way."""

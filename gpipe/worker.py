@@ -33,6 +33,7 @@ class Work:
         forward_modes: The caller's autocast for forward and recompute.
         backward_modes: The caller's autocast for backward.
         meters: Count what the stages hold.
+        repeats: Forwards repeat those of a first pass; they are recorded as the recomputes they are.
     """
 
     flights: Mapping[int, Flight]
@@ -41,6 +42,11 @@ class Work:
     forward_modes: CallerContext
     backward_modes: CallerContext
     meters: Meters | None = None
+    repeats: bool = False
+
+    def shown(self, action: Action) -> Action:
+        """The action as timelines and messages name it."""
+        return action._replace(kind=Kind.RECOMPUTE) if self.repeats and action.kind == Kind.FORWARD else action
 
     def counting(self, stage: int) -> AbstractContextManager[Any]:
         """Count what operators make inside on the account of ``stage``."""
@@ -69,7 +75,8 @@ def perform(work: Work, actions: Sequence[Action], spans: list[Span]) -> None:
         except BaseException as error:
             flight = work.flights[action.stage]
             cell = f", cell {flight.cell}" if flight.cell else ""
-            error.add_note(f"gpipe: raised in {flight.stage}{cell}, micro-batch {action.micro_batch}, action {action}")
+            shown = work.shown(action)
+            error.add_note(f"gpipe: raised in {flight.stage}{cell}, micro-batch {action.micro_batch}, action {shown}")
             raise
 
 
@@ -83,7 +90,7 @@ def _act(work: Work, action: Action, spans: list[Span]) -> None:
     start = perf_counter()
     with modes.autocasting(), work.counting(k):
         result = _COMPUTE[kind](work.flights[k], m, message)
-    spans.append(Span(action, start, perf_counter()))
+    spans.append(Span(work.shown(action), start, perf_counter()))
     if direction is not None:
         work.transport.send(k, target, direction, m, result)
 

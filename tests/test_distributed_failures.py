@@ -240,18 +240,18 @@ def from_python():
 @pytest.mark.parametrize(
     ("by_rank", "message"),
     [
-        ({"else": {"balance": [1, 2]}}, "runs 2 stages on 2 ranks, one a worker, but the world has 3: start 2 proc"),
+        ({"else": {"balance": [1, 2]}}, "runs 2 stages on 2 ranks, one a worker, but the pipeline has 3: start 2 proc"),
         ({"else": {"balance": [1, 1, 2]}}, "balance must sum to the number of cells: the module has 3"),
         (
             {"else": {"balance": None, "module": short}},
-            "the world has 3 ranks, which makes 3 stages, but the module has 2 cells",
+            "the pipeline has 3 ranks, which makes 3 stages, but the module has 2 cells",
         ),
         ({"else": {"schedule": "interleaved_one_f_one_b"}}, "stages must be a multiple of stages_per_worker, got 3"),
         ({"else": {"schedule": "one_f_one_b"}}, "interleaves forward and backward.*use loss_over='micro_batch'"),
-        ({"else": {"mesh": 1}}, "mesh is not supported yet"),
+        ({"else": {"mesh": 1}}, "mesh must be a torch.distributed DeviceMesh, got int: make one with"),
         ({"else": {"loss_fn": None}}, "loss_fn must be callable"),
         ({"else": {"loss_over": "batch"}}, "loss_over must be 'mini_batch' or 'micro_batch', got 'batch'"),
-        ({"else": {"module": shared}}, "every parameter and buffer must belong to one stage"),
+        ({"else": {"module": shared}}, "every module with parameters, and every buffer, must belong to one stage"),
         ({"else": {"module": no_module}}, "a module, or a callable without arguments that makes one, got int"),
         ({"else": {"module": no_module, "build": False}}, "the factory must return an nn.Module, got int"),
         (

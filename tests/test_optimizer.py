@@ -78,6 +78,6 @@ def test_learning_rates(schedule: ConstantSchedule | DecaySchedule, rates: list[
 
 def test_every_group_gets_the_rate() -> None:
     optimizer = build_optimizer(config("SGD", lr=0.5), parameters())
-    set_learning_rate(optimizer, 0.25)
+    assert set_learning_rate(optimizer, 0.5) == 0.25
     assert set_learning_rate(optimizer, 0.1) == 0.05, "a share of the full rate, not of the last one"
     assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.05]

@@ -93,9 +93,7 @@ class Engine(ABC):
 
     def set_learning_rate(self, factor: float) -> float:
         """Train on at this share of the configured learning rate, which is returned."""
-        if self.optimizer is not None:
-            set_learning_rate(self.optimizer, self._rate * factor)
-        return self._rate * factor
+        return self._rate * factor if self.optimizer is None else set_learning_rate(self.optimizer, factor)
 
     def forward_and_backward(self, step: int, inputs: Any, targets: Any) -> float:
         """The gradients of a mini-batch; its loss.

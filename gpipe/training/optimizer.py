@@ -99,7 +99,9 @@ def full_rate(config: OptimizerConfig) -> float:
     return rate
 
 
-def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    """Give every group this rate."""
+def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
+    """Give every group ``factor`` times the rate the optimizer was built with; returns it."""
+    rate: float = optimizer.defaults["lr"] * factor
     for group in optimizer.param_groups:
         group["lr"] = rate
+    return rate

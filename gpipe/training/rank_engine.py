@@ -53,8 +53,6 @@ def divide(config: PipelineConfig, ranks: int) -> Division:
         ValueError: The configuration says something per stage, for another number of stages, or nothing that ranks
             can do.
     """
-    if config.deferred_batch_norm:
-        raise ValueError("pipeline.deferred_batch_norm: ranks do not have it yet; train in one process, or set false")
     hosted = _hosted(config, ranks)
     stages = sum(map(len, hosted))
     for key in _LISTS:
@@ -117,6 +115,7 @@ class RankEngine(Engine):
             schedule=config.schedule,
             loss_over=config.loss_over,
             checkpoint=config.checkpoint,
+            deferred_batch_norm=config.deferred_batch_norm,
             seed=configuration.training.seed,
             device=division.devices[world.rank],
         )
