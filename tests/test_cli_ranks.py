@@ -5,11 +5,14 @@ import json
 import os
 import signal
 import time
+import warnings
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import tiny_run
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -17,7 +20,7 @@ from worlds import World
 
 from gpipe.models.clip import clip
 from gpipe.models.contrastive import ContrastiveLoss
-from gpipe.training.world import Ranks
+from gpipe.training.world import Ranks, joined
 
 PROMPT = 10.0  # seconds
 CONSTANT = "training.schedule={name: constant}"
@@ -278,12 +281,30 @@ def test_a_loss_that_is_no_number_ends_all_ranks(two, tmp_path):
     assert len(second.errors.splitlines()) == 1
 
 
+def test_an_environment_that_describes_no_world(tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    said = command(0, ["train", str(tiny_run.write(tmp_path))], {})
+    assert said[:2] == (2, "")
+    assert said.errors.startswith("environment: ")
+    assert said.errors.endswith("; start ranks with torchrun, or unset WORLD_SIZE for a single process\n")
+
+
 @pytest.mark.parametrize("name", ["eval", "plan", "simulate"])
 def test_other_commands_take_one_process(two, tmp_path, name):
     first, second = gpipe(two, name, tiny_run.write(tmp_path))
     told = f"gpipe {name}: torchrun started 2 processes, but this takes one: start it without torchrun\n"
     assert first[:3] == (2, "", told)
     assert second[:3] == (2, "", "")
+
+
+def warn(rank):
+    with mock.patch.dict(os.environ, WORLD_SIZE="2"), joined(Console()) as world:
+        world.stages = (rank,)
+        return warnings.formatwarning("beware", UserWarning, "file.py", 3, "")
+
+
+def test_warnings_say_which_rank_they_are_of(two):
+    assert two.values(warn)[1].startswith("rank 1, stage 1: file.py:3: UserWarning: beware")
 
 
 def odd_weights(rank):

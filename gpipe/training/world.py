@@ -216,11 +216,9 @@ def joined(errors: Console) -> Iterator[World]:
     with _named_warnings(ranks):
         try:
             yield ranks
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             raise Silent(ranks.ending.told(error, ranks.name, errors)) from error
-        except KeyboardInterrupt as error:
-            raise Silent(ranks.ending.told(error, ranks.name, errors)) from error
-        dist.barrier()
+        ranks.gathered(None)  # none leaves while another still needs it
     if own:
         dist.destroy_process_group()
 
