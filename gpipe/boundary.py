@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -57,6 +58,21 @@ class Boundary:
             tuple(leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves),
             tuple(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves),
             places,
+            spec,
+        )
+
+    @classmethod
+    def tuple_of(cls, parts: Sequence[Boundary]) -> Boundary:
+        """One boundary whose tree is the tuple of those of ``parts``."""
+        starts = [0, *accumulate(len(part.leaves) for part in parts)]
+        numbered = tuple(
+            part.tree(range(start, start + len(part.leaves))) for part, start in zip(parts, starts, strict=False)
+        )
+        places, spec = tree_flatten(numbered)
+        return cls(
+            tuple(chain.from_iterable(part.leaves for part in parts)),
+            tuple(chain.from_iterable(part.needs_grad for part in parts)),
+            tuple(places),
             spec,
         )
 

@@ -19,8 +19,9 @@ from gpipe.choosing import AnySchedule, chosen
 from gpipe.deferred import Recorded, recorded
 from gpipe.error_board import ErrorBoard
 from gpipe.group_transport import GroupTransport, Key, Lane, Wires
-from gpipe.mesh import Position, position
+from gpipe.mesh import position
 from gpipe.partitioning.cells import Cell, cells_of
+from gpipe.partitioning.skips import skips_of
 from gpipe.partitioning.split import split_evenly
 from gpipe.relay import links
 from gpipe.routes import Route
@@ -41,6 +42,7 @@ from gpipe.stage import Stage
 from gpipe.tied import Tied, tied_parameters
 from gpipe.tied_ranks import Shared, SharedValues, shared_parameters, ways
 from gpipe.transport import Direction
+from gpipe.ways import ways_of
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -131,6 +133,8 @@ class _Joining:
         self._ends = [sum(self._balance[:k]) for k in range(len(self._balance) + 1)]
         self._groups = [self._cells[left:right] for left, right in pairwise(self._ends)]
         self._tied = tied_parameters(self._groups)
+        skips = skips_of(self._cells)
+        self._ways = ways_of(skips, self._balance)
         self._check_loss()
         return {
             "mesh": str([list(ranks) for ranks in self._position.grid]),
@@ -144,6 +148,7 @@ class _Joining:
             "seed": repr(given.seed),
             "module": f"{'a factory of ' if self._built else ''}{type(module).__name__} of {len(self._cells)} cells",
             "torch": torch.__version__,
+            "skip connections": ", ".join(f"{key[1]} from {a} to {b}" for key, a, b in skips),
             "_seed": str(self._seed),
             **{f"cell {i}": _described(cell) for i, cell in enumerate(self._cells)},
         }
@@ -170,7 +175,7 @@ class _Joining:
         if isinstance(self._settings.loss_fn, nn.Module) and self._hosts[-1] == me:
             self._settings.loss_fn.to(self._device)
         alone = len(mine) == 1
-        stages = {k: Stage(k, self._groups[k], self._ends[k], self._device, alone) for k in mine}
+        stages = {k: Stage(k, self._groups[k], self._ends[k], self._device, alone, self._ways[k]) for k in mine}
         kept = set(self._module.parameters())
         joined = Joined(
             module=self._module,
@@ -182,7 +187,7 @@ class _Joining:
             checkpoint=self._checkpoint,
             seed=seed,
             share=Share(self._position, self._hosts, stages, self._device, tied, shared),
-            wires=Wires(self._position.rank, _routes(self._position, self._hosts, ways(every), self._device)),
+            wires=Wires(self._position.rank, self._routes(ways(every))),
             board=ErrorBoard(store, dist.get_world_size()),
         )
         self._equalise(joined)
@@ -202,6 +207,38 @@ class _Joining:
         transport = GroupTransport(joined.wires)
         SharedValues(joined.share.shared, self._position, transport).spread()
         transport.flush()
+
+    def _routes(self, shared: Sequence[tuple[int, int, Lane]]) -> dict[Key, Route]:
+        """All routes of this rank's pipeline and of the relay, with tags in the same order on every rank.
+
+        Args:
+            shared: Workers that tell each other of shared parameters.
+        """
+        if dist.get_world_size() == 1:
+            return {}
+        forward, backward = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
+        assert isinstance(forward, dist.ProcessGroup)
+        assert isinstance(backward, dist.ProcessGroup)
+        cpu, ranks = torch.device("cpu"), self._position.pipeline
+        at = [ranks[host] for host in self._hosts]
+        found: list[tuple[Key, int, int, dist.ProcessGroup, torch.device]] = []
+        for k, t in pairwise(range(len(at))):
+            found.append(((k, t, Direction.FORWARD), at[k], at[t], forward, self._device))
+            found.append(((t, k, Direction.BACKWARD), at[t], at[k], backward, self._device))
+        for k, t in [(k, target) for k, one in enumerate(self._ways) for target in one.targets]:
+            found.append(((k, t, Direction.SKIP_FORWARD), at[k], at[t], forward, self._device))
+            found.append(((t, k, Direction.SKIP_BACKWARD), at[t], at[k], backward, self._device))
+        for source, target, lane in shared:
+            found.append(((ranks[source], ranks[target], lane), ranks[source], ranks[target], backward, self._device))
+        for here, there in links(self._position):
+            found.append(((here, there, Lane.START), here, there, forward, cpu))
+            found.append(((there, here, Lane.DONE), there, here, backward, cpu))
+            found.append(((here, there, Lane.ALL_DONE), here, there, forward, cpu))
+        return {
+            key: Route(source, target, tag, group, device)
+            for tag, (key, source, target, group, device) in enumerate(found)
+            if source != target
+        }
 
     def _check_loss(self) -> None:
         """Refuse a loss with parameters of cells that are not where it is: their gradients would part."""
@@ -301,37 +338,3 @@ def _described(cell: Cell) -> str:
     ]
     held += [f"{n} {tuple(b.shape)} {b.dtype}" for n, b in module.named_buffers()]
     return f"{name!r}, {type(module).__name__} with {', '.join(held) or 'no parameters'}"
-
-
-def _routes(
-    position: Position, hosts: Sequence[int], shared: Sequence[tuple[int, int, Lane]], device: torch.device
-) -> dict[Key, Route]:
-    """All routes of this rank's pipeline and of the relay, with tags in the same order on every rank.
-
-    Args:
-        position: Of the rank.
-        hosts: For every stage its worker.
-        shared: Workers that tell each other of shared parameters.
-        device: Where this rank's stages live.
-    """
-    if dist.get_world_size() == 1:
-        return {}
-    forward, backward = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
-    assert isinstance(forward, dist.ProcessGroup)
-    assert isinstance(backward, dist.ProcessGroup)
-    cpu, ranks = torch.device("cpu"), position.pipeline
-    ways: list[tuple[Key, int, int, dist.ProcessGroup, torch.device]] = []
-    for k, (here, there) in enumerate(pairwise(ranks[host] for host in hosts)):
-        ways.append(((k, k + 1, Direction.FORWARD), here, there, forward, device))
-        ways.append(((k + 1, k, Direction.BACKWARD), there, here, backward, device))
-    for source, target, lane in shared:
-        ways.append(((ranks[source], ranks[target], lane), ranks[source], ranks[target], backward, device))
-    for here, there in links(position):
-        ways.append(((here, there, Lane.START), here, there, forward, cpu))
-        ways.append(((there, here, Lane.DONE), there, here, backward, cpu))
-        ways.append(((here, there, Lane.ALL_DONE), here, there, forward, cpu))
-    return {
-        key: Route(source, target, tag, group, at)
-        for tag, (key, source, target, group, at) in enumerate(ways)
-        if source != target
-    }

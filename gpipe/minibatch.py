@@ -197,7 +197,9 @@ class MiniBatch:
         return passes(self._schedule) if self._two_pass else self._schedule.halves
 
     def _transport(self) -> ThreadTransport:
-        return ThreadTransport([stage.device for stage in self._pipeline.stages], self.recording.meters)
+        stages = self._pipeline.stages
+        skips = [(stage.index, target) for stage in stages for target in stage.ways.targets]
+        return ThreadTransport([stage.device for stage in stages], skips, self.recording.meters)
 
     def _perform(
         self, actions: Actions, transport: ThreadTransport, backward_modes: CallerContext, repeats: bool = False

@@ -22,6 +22,7 @@ from gpipe.loss import LossFunction, MicroBatchLoss, checked_loss
 from gpipe.microbatch import gather, has_rows, moved, row_count, scatter, split_sizes
 from gpipe.minibatch import MiniBatch, Pipeline
 from gpipe.partitioning.cells import cells_of
+from gpipe.partitioning.skips import skips_of
 from gpipe.recording import Recording
 from gpipe.settings import (
     Checkpoint,
@@ -36,6 +37,7 @@ from gpipe.settings import (
 from gpipe.stage import Head, Stage
 from gpipe.tied import tied_parameters
 from gpipe.timeline import Timeline
+from gpipe.ways import ways_of
 from gpipe.worker import Workers
 
 
@@ -283,11 +285,12 @@ class GPipe(nn.Module):
         ends = [sum(self.balance[:k]) for k in range(len(self.balance) + 1)]
         groups = [cells[left:right] for left, right in pairwise(ends)]
         self._tied = tied_parameters(groups)
+        ways = ways_of(skips_of(cells), self.balance)
         for group, device in zip(groups, self.devices, strict=True):
             for _, cell in group:
                 cell.to(device)
         self._stages = [
-            Stage(k, group, ends[k], device, alone=self.devices.count(device) == 1)
+            Stage(k, group, ends[k], device, self.devices.count(device) == 1, ways[k])
             for k, (group, device) in enumerate(zip(groups, self.devices, strict=True))
         ]
         self._workers: Workers | None = None

@@ -136,6 +136,11 @@ class RankBatch:
                 if target in share.stages:
                     elsewhere = source not in share.stages
                     self._transport.open((source, target, direction), count if elsewhere else 0)
+        for k, stage in share.stages.items():
+            for s in stage.ways.sources:
+                self._transport.open((s, k, Direction.SKIP_FORWARD), 0 if s in share.stages else count)
+            for t in stage.ways.targets if backward else ():
+                self._transport.open((t, k, Direction.SKIP_BACKWARD), 0 if t in share.stages else count)
         if share.is_first:
             self._transport.open((CALLER, 0, Direction.FORWARD))
             self._transport.open((0, CALLER, Direction.BACKWARD))

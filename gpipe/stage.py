@@ -15,9 +15,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from gpipe.batchnorm import Statistics, deferred
 from gpipe.boundary import Boundary, Gradients, leaves_once, new_anchor
 from gpipe.buffers import Before, ChangingBuffers, rewound
+from gpipe.partitioning.skips import carrying
 from gpipe.phase import Phase, running
 from gpipe.rng import Brought, Draws, cell_seed
 from gpipe.split_backward import CannotSplit, Split
+from gpipe.ways import StageCarrier, Ways, divided, in_own_memory, joined
 
 
 class Head(Protocol):
@@ -42,6 +44,7 @@ class Stage:
         first_cell: Index in the whole model of the first of them.
         device: Where they live.
         alone: Whether no other stage uses ``device``.
+        ways: Values that skip stages on their way to or from this one.
     """
 
     def __init__(
@@ -51,12 +54,14 @@ class Stage:
         first_cell: int,
         device: torch.device,
         alone: bool,
+        ways: Ways = Ways(),  # noqa: B008
     ) -> None:
         self.index = index
         self.cells = tuple(cell for _, cell in cells)
         self.names = tuple(name for name, _ in cells)
         self.first_cell = first_cell
         self.device = device
+        self.ways = ways
         self.draws = Draws(len(cells) + 1, device if alone and device.type != "cpu" else None)
         self.buffers = ChangingBuffers()
         self._warned = False
@@ -81,15 +86,23 @@ class Stage:
 class _Graph:
     """The recorded forward of one micro-batch, ready to go backward."""
 
-    roots: list[tuple[int, GradientEdge]]  # (leaf index, where a gradient of it enters): holds no output
+    roots: list[tuple[tuple[int, int], GradientEdge]]  # (part, leaf), where its gradient enters: holds no output
     arrived: Gradients  # filled by backward: a gradient for every leaf of the input
     anchor: Tensor  # the leaf that all inputs hang on
+    sizes: list[int]  # how many leaves every part of the input has
     split: Split | None = None  # made by the first part of a backward in two
 
-    def entering(self, gradients: Sequence[Tensor | None]) -> tuple[list[GradientEdge], list[Tensor]]:
-        """Where a backward begins, and with what; what the last one left is forgotten."""
+    def leaving(self) -> list[Gradients]:
+        """What arrived, for every part of the input."""
+        return divided(self.arrived, self.sizes)
+
+    def entering(self, gradients: Sequence[Gradients]) -> tuple[list[GradientEdge], list[Tensor]]:
+        """Where a backward begins, and with what; what the last one left is forgotten.
+
+        A tensor that leaves the stage on several ways is as many roots: its gradients are added up in their order.
+        """
         self.arrived[:] = [None] * len(self.arrived)
-        pairs = [(root, gradient) for i, root in self.roots if (gradient := gradients[i]) is not None]
+        pairs = [(root, g) for (part, i), root in self.roots if (g := gradients[part][i]) is not None]
         return [root for root, _ in pairs], [gradient for _, gradient in pairs]
 
 
@@ -106,6 +119,7 @@ class _Kept:
     """The boundary of a micro-batch whose activations were dropped."""
 
     boundary: Boundary
+    sizes: list[int]
     versions: tuple[int, ...]
 
 
@@ -140,36 +154,46 @@ class Flight:
     _brought: dict[tuple[int, int], Brought] = field(default_factory=dict)
     _observed: bool = False
 
-    def forward(self, m: int, boundary: Boundary) -> Boundary:
-        """Run micro-batch ``m`` through the cells; without a graph if it will be recomputed or comes again."""
+    def forward(self, m: int, parts: Sequence[Boundary]) -> list[Boundary]:
+        """Run micro-batch ``m`` through the cells; without a graph if it will be recomputed or comes again.
+
+        Args:
+            m: The micro-batch.
+            parts: What comes from the stage before, and from those further back.
+
+        Returns:
+            What goes to the next stage, and to those further on.
+        """
+        boundary, sizes = joined(parts), [len(part.leaves) for part in parts]
         if not torch.is_grad_enabled():
-            return Boundary.of(self._run(Phase(m, statistics=self.statistics), boundary.tree()))
+            left = self._run(Phase(m, statistics=self.statistics), boundary.tree())
+            return in_own_memory([Boundary.of(part) for part in left])
         if self.two_pass and m not in self._first:
-            return self._run_first(m, boundary)
+            return self._run_first(m, boundary, sizes)
         if m in self.recomputed:
-            return self._forward_dropping(m, boundary)
+            return self._forward_dropping(m, boundary, sizes)
         if self.two_pass:
-            self._graphs[m], outputs = self._repeat(m, boundary)
+            self._graphs[m], outputs = self._repeat(m, boundary, sizes)
             self._forget(m)
         else:
-            self._graphs[m], outputs = self._record(Phase(m, statistics=self.statistics), boundary)
+            self._graphs[m], outputs = self._record(Phase(m, statistics=self.statistics), boundary, sizes)
         return outputs
 
-    def _forward_dropping(self, m: int, boundary: Boundary) -> Boundary:
+    def _forward_dropping(self, m: int, boundary: Boundary, sizes: list[int]) -> list[Boundary]:
         """Forward that keeps the boundary alone."""
         versions = boundary.versions()
         if m in self._first:
-            _, outputs = self._repeat(m, boundary.copy(), checkpointing=True)
+            _, outputs = self._repeat(m, boundary.copy(), sizes, checkpointing=True)
         else:
-            outputs = self._run_first(m, boundary.copy())
-        self._kept[m] = _Kept(boundary, versions)
+            outputs = self._run_first(m, boundary.copy(), sizes)
+        self._kept[m] = _Kept(boundary, sizes, versions)
         return outputs
 
     def recompute(self, m: int) -> None:
         """Run micro-batch ``m`` forward again, recording the graph this time."""
         kept = self._kept[m] if self.keep_graph else self._kept.pop(m)
         if not any(shape is not None for shape in self._first[m].outputs):
-            self._graphs[m] = _Graph([], [None] * len(kept.boundary.leaves), new_anchor())
+            self._graphs[m] = _Graph([], [None] * len(kept.boundary.leaves), new_anchor(), kept.sizes)
         else:
             if kept.boundary.versions() != kept.versions:
                 raise RuntimeError(
@@ -177,10 +201,10 @@ class Flight:
                     "it: modify a clone, or wrap with checkpoint='never'"
                 )
             boundary = kept.boundary.copy() if self.keep_graph else kept.boundary
-            self._graphs[m], _ = self._repeat(m, boundary)
+            self._graphs[m], _ = self._repeat(m, boundary, kept.sizes)
         self._forget(m)
 
-    def _run_first(self, m: int, boundary: Boundary) -> Boundary:
+    def _run_first(self, m: int, boundary: Boundary, sizes: list[int]) -> list[Boundary]:
         """Forward of which nothing is kept but what its repetition has to know.
 
         A graph is recorded, and let go at the end. Under ``no_grad`` nobody would know which outputs need a gradient,
@@ -188,16 +212,18 @@ class Flight:
         """
         phase = Phase(m, checkpointing=True, statistics=self.statistics)
         with self.stage.buffers.watched(self._watched) as before:
-            _, outputs = self._record(phase, boundary)
+            _, outputs = self._record(phase, boundary, sizes)
         self._first[m] = _First(before, _expected(outputs))
         return outputs
 
-    def _repeat(self, m: int, boundary: Boundary, checkpointing: bool = False) -> tuple[_Graph, Boundary]:
+    def _repeat(
+        self, m: int, boundary: Boundary, sizes: list[int], checkpointing: bool = False
+    ) -> tuple[_Graph, list[Boundary]]:
         """Forward from what the first one started from: the same draws and buffers, and no traces of its own."""
         first = self._first[m]
         phase = Phase(m, checkpointing=checkpointing, recomputing=True, statistics=self.statistics)
         with rewound(first.before):
-            graph, outputs = self._record(phase, boundary)
+            graph, outputs = self._record(phase, boundary, sizes)
         if (found := _expected(outputs)) != first.outputs:
             raise RuntimeError(
                 "the recompute gave other outputs than forward did (shapes of the leaves, None for those that need no "
@@ -210,15 +236,15 @@ class Flight:
         if not self.keep_graph:
             del self._first[m]
 
-    def backward(self, m: int, gradients: Sequence[Tensor | None]) -> Gradients:
+    def backward(self, m: int, gradients: Sequence[Gradients]) -> list[Gradients]:
         """Run micro-batch ``m`` backward; parameter gradients accumulate in ``parameter.grad``.
 
         Args:
             m: The micro-batch.
-            gradients: One for every leaf of the stage's output, None where none came.
+            gradients: For every part of the stage's output one for every leaf, None where none came.
 
         Returns:
-            One for every leaf of the stage's input.
+            For every part of the stage's input one for every leaf.
         """
         lasting = self._lasting(m)
         graph = self._graphs[m] if lasting else self._graphs.pop(m)
@@ -227,9 +253,9 @@ class Flight:
             graph.roots.clear()
         if roots:
             torch.autograd.backward(roots, values, retain_graph=lasting)
-        return list(graph.arrived)
+        return graph.leaving()
 
-    def input_gradient(self, m: int, gradients: Sequence[Tensor | None]) -> Gradients:
+    def input_gradient(self, m: int, gradients: Sequence[Gradients]) -> list[Gradients]:
         """The first part of ``backward``; the weights' gradients are left to ``weight_gradient``.
 
         Where the graph cannot be run in two parts, this is all of it.
@@ -246,7 +272,7 @@ class Flight:
             graph.roots.clear()
         if roots:
             graph.split.input_gradient(roots, values, lasting)
-        return list(graph.arrived)
+        return graph.leaving()
 
     def weight_gradient(self, m: int) -> None:
         """The second part of ``backward``."""
@@ -259,20 +285,28 @@ class Flight:
         """Whether the graph of a micro-batch is to outlive its backward."""
         return self.keep_graph and m not in self.recomputed and not self.two_pass
 
-    def _record(self, phase: Phase, boundary: Boundary) -> tuple[_Graph, Boundary]:
+    def _record(self, phase: Phase, boundary: Boundary, sizes: list[int]) -> tuple[_Graph, list[Boundary]]:
         arrived: Gradients = []
         anchor = new_anchor()
         versions = boundary.versions()
-        output = self._run(phase, boundary.open(arrived, anchor))
+        left = self._run(phase, boundary.open(arrived, anchor))
         boundary.check_writes(versions)
-        cut = Boundary.of(output)
-        roots = [(i, get_gradient_edge(leaf)) for i, leaf in enumerate(leaves_once(output)[0]) if cut.needs_grad[i]]
-        return _Graph(roots, arrived, anchor), cut
+        outputs = [Boundary.of(part) for part in left]
+        roots = [
+            ((n, i), get_gradient_edge(leaf))
+            for n in (*range(1, len(left)), 0)  # the chain's last: as within one stage
+            for i, leaf in enumerate(leaves_once(left[n])[0])
+            if outputs[n].needs_grad[i]
+        ]
+        return _Graph(roots, arrived, anchor, sizes), in_own_memory(outputs)
 
-    def _run(self, phase: Phase, value: Any) -> Any:
+    def _run(self, phase: Phase, entered: Any) -> list[Any]:
+        """Run the cells; gives what leaves the stage, on every way."""
         stage, m = self.stage, phase.micro_batch
+        value, *arrived = entered if stage.ways.incoming else (entered,)
+        carrier = StageCarrier(stage.ways, arrived)
         observe = not self._observed
-        with running(phase):
+        with running(phase), carrying(carrier):
             for i, cell in enumerate(stage.cells):
                 self.cell = f"{stage.names[i]} ({type(cell).__name__})"
                 seed = cell_seed(self.seed, self.step, self.first_micro_batch + m, stage.first_cell + i)
@@ -286,7 +320,7 @@ class Flight:
                     value = self.head(m, value)
         self.cell = None
         self._observed = True
-        return value
+        return [value, *carrier.leaving()]
 
     def _generators(self, m: int, cell: int) -> Brought:
         """Where the states of the generators a cell brings are kept for its repetition."""
@@ -304,9 +338,10 @@ class Flight:
         return [m for m in self.modules if self.statistics is None or not deferred(m)]
 
 
-def _expected(outputs: Boundary) -> tuple[torch.Size | None, ...]:
+def _expected(outputs: Sequence[Boundary]) -> tuple[torch.Size | None, ...]:
     """For every leaf its shape, if it needs a gradient."""
-    return tuple(x.shape if needed else None for x, needed in zip(outputs.leaves, outputs.needs_grad, strict=True))
+    pairs = (pair for part in outputs for pair in zip(part.leaves, part.needs_grad, strict=True))
+    return tuple(leaf.shape if needed else None for leaf, needed in pairs)
 
 
 def _shown(expected: tuple[torch.Size | None, ...]) -> list[tuple[int, ...] | None]:

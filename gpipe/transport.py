@@ -22,10 +22,12 @@ CALLER = -1
 
 
 class Direction(Enum):
-    """Outputs flow forward, their gradients backward."""
+    """Outputs flow forward, their gradients backward; so do values that skip stages."""
 
     FORWARD = "forward"
     BACKWARD = "backward"
+    SKIP_FORWARD = "skip forward"
+    SKIP_BACKWARD = "skip backward"
 
 
 class Aborted(BaseException):
@@ -110,17 +112,20 @@ class Drain(Channel):
 
 
 class ThreadTransport:
-    """Channels between threads of one process, for a chain of stages.
+    """Channels between threads of one process.
 
     Every thread uses the caller's current streams, so a tensor is ready for whatever its receiver launches, and a copy
     between accelerators is ordered with both.
 
     Args:
         devices: The device of every stage; tensors that live on the sender's arrive on the receiver's.
+        skips: Source and target stage of the values that skip stages.
         meters: Count what arrives.
     """
 
-    def __init__(self, devices: Sequence[torch.device], meters: Meters | None = None) -> None:
+    def __init__(
+        self, devices: Sequence[torch.device], skips: Sequence[tuple[int, int]] = (), meters: Meters | None = None
+    ) -> None:
         self._devices = devices
         self._meters = meters
         self._aborted = False
@@ -129,6 +134,8 @@ class ThreadTransport:
         self._channels = {
             **{(a, b, Direction.FORWARD): Channel() for a, b in pairs},
             **{(b, a, Direction.BACKWARD): Channel() for a, b in pairs},
+            **{(a, b, Direction.SKIP_FORWARD): Channel() for a, b in skips},
+            **{(b, a, Direction.SKIP_BACKWARD): Channel() for a, b in skips},
         }
 
     def connect(self, source: int, target: int, direction: Direction, channel: Channel) -> None:

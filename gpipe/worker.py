@@ -21,6 +21,8 @@ from gpipe.stage import Flight
 from gpipe.timeline import Span
 from gpipe.transport import CALLER, Aborted, Direction, Transport
 
+Neighbour = tuple[int, Direction]  # a stage or the caller, and how it is talked to
+
 
 @dataclass(frozen=True)
 class Work:
@@ -47,6 +49,23 @@ class Work:
     def shown(self, action: Action) -> Action:
         """The action as timelines and messages name it."""
         return action._replace(kind=Kind.RECOMPUTE) if self.repeats and action.kind == Kind.FORWARD else action
+
+    def neighbours(self, stage: int, kind: Kind) -> tuple[list[Neighbour], list[Neighbour]]:
+        """Where an action's messages come from, and where they go; first the chain's, then those that skip stages."""
+        ways = self.flights[stage].stage.ways
+        before = stage - 1 if stage else CALLER
+        after = stage + 1 if stage + 1 < self.stages else CALLER
+        if kind == Kind.FORWARD:
+            return (
+                [(before, Direction.FORWARD), *((s, Direction.SKIP_FORWARD) for s in ways.sources)],
+                [(after, Direction.FORWARD), *((t, Direction.SKIP_FORWARD) for t in ways.targets)],
+            )
+        if kind in (Kind.BACKWARD, Kind.INPUT_GRADIENT):
+            return (
+                [(after, Direction.BACKWARD), *((t, Direction.SKIP_BACKWARD) for t in ways.targets)],
+                [(before, Direction.BACKWARD), *((s, Direction.SKIP_BACKWARD) for s in ways.sources)],
+            )
+        return [], []
 
     def counting(self, stage: int) -> AbstractContextManager[Any]:
         """Count what operators make inside on the account of ``stage``."""
@@ -82,24 +101,17 @@ def perform(work: Work, actions: Sequence[Action], spans: list[Span]) -> None:
 
 def _act(work: Work, action: Action, spans: list[Span]) -> None:
     k, kind, m = action
-    before, after = k - 1 if k else CALLER, k + 1 if k + 1 < work.stages else CALLER
-    direction = _DIRECTION.get(kind)
-    source, target = (before, after) if direction == Direction.FORWARD else (after, before)
-    message = None if direction is None else work.transport.receive(source, k, direction, m)
+    sources, targets = work.neighbours(k, kind)
+    messages = [work.transport.receive(source, k, direction, m) for source, direction in sources]
     modes = work.forward_modes if kind in (Kind.FORWARD, Kind.RECOMPUTE) else work.backward_modes
     start = perf_counter()
     with modes.autocasting(), work.counting(k):
-        result = _COMPUTE[kind](work.flights[k], m, message)
+        results = _COMPUTE[kind](work.flights[k], m, messages)
     spans.append(Span(work.shown(action), start, perf_counter()))
-    if direction is not None:
+    for (target, direction), result in zip(targets, results or (), strict=True):
         work.transport.send(k, target, direction, m, result)
 
 
-_DIRECTION = {
-    Kind.FORWARD: Direction.FORWARD,
-    Kind.BACKWARD: Direction.BACKWARD,
-    Kind.INPUT_GRADIENT: Direction.BACKWARD,
-}
 _COMPUTE: dict[Kind, Callable[[Flight, int, Any], Any]] = {
     Kind.FORWARD: Flight.forward,
     Kind.RECOMPUTE: lambda flight, m, _: flight.recompute(m),

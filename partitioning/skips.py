@@ -60,16 +60,21 @@ class Hands:
         Raises:
             KeyError: Nothing was stashed. RuntimeError: The tensor was written to since.
         """
+        value = self.unhanded(key)
+        if value is None or not value.requires_grad or not torch.is_grad_enabled():
+            return value
+        handed: Tensor = _Handed.apply(value)
+        return handed
+
+    def unhanded(self, key: Key) -> Tensor | None:
+        """The same without the node."""
         value, version = self._values.pop(key)
         if _version(value) != version:
             raise RuntimeError(
                 f"the stashed {key[1]!r} was modified in place before it was popped, which a pipeline would not see: "
                 "stash a clone, or do not work in place"
             )
-        if value is None or not value.requires_grad or not torch.is_grad_enabled():
-            return value
-        handed: Tensor = _Handed.apply(value)
-        return handed
+        return value
 
 
 class _Handed(torch.autograd.Function):
