@@ -146,7 +146,7 @@ def fail(rank):
 
 def test_a_failure_in_the_second_pass_is_located(two):
     first, last = two.run(fail)
-    assert (first.type, last.type, last.message) == ("RuntimeError", "ValueError", "boom")
+    assert (first.type, last.type, last.message) == ("OtherRankFailed", "ValueError", "boom")
     assert "cell 1 (FailsAgain), micro-batch 2, action 1R2" in last.notes[0]
     assert "boom" in first.message
     assert "1R2" in first.message
