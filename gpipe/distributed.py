@@ -25,7 +25,7 @@ from gpipe.gradients import collected
 from gpipe.group_transport import GroupTransport, Wires
 from gpipe.joining import Settings, join
 from gpipe.loss import LossFunction, MicroBatchLoss, checked_loss
-from gpipe.microbatch import gather, has_rows, moved, row_count, scatter, split_sizes
+from gpipe.microbatch import has_rows, moved, row_count, scatter, split_sizes
 from gpipe.minibatch import Finished
 from gpipe.rank_batch import RankBatch, deliver, gradients_of, outputs_with_graph, trainable
 from gpipe.recording import Recording
@@ -114,6 +114,7 @@ class DistributedGPipe(nn.Module):
         self.two_pass, self.deferred_batch_norm = two_pass, deferred_batch_norm
         self.step = 0
         self.recording = Recording()
+        self.metered = False
         vars(self).update(registries(joined.module), module=joined.module)
         vars(self)["loss_fn"] = loss_fn if joined.share.is_last else None  # no child: state_dict() is the module's
         self._cells, self._share, self._names = joined.cells, joined.share, joined.names
@@ -219,11 +220,16 @@ class DistributedGPipe(nn.Module):
             self.step += self.training
             transport.flush()
             self._commit()
-            return None if outputs is None else gather([output.tree() for output in outputs])
+            return None if outputs is None else batch.gathered([output.tree() for output in outputs])
 
     def eval_step(self, inputs: Any = None) -> Any:
         """The same as ``forward``; call ``eval()`` before, as with any module."""
         return self(inputs)
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Of every stage of this rank."""
+        return [self.device] * len(self._share.stages)
 
     @property
     def timeline(self) -> Timeline:
@@ -241,15 +247,16 @@ class DistributedGPipe(nn.Module):
         batch = self._batch(transport, rows, None, trainable(self._slice), self.two_pass)
         outputs = batch.forward([Boundary.of(part) for part in parts])
         if outputs is None:
-            return None, batch.backward(()), batch
+            return None, batch.backward([]), batch
         trees, collector = outputs_with_graph(outputs)
         loss_fn = vars(self)["loss_fn"]
-        loss = checked_loss(loss_fn(gather(trees), moved(targets, self.device)))
+        loss = checked_loss(loss_fn(batch.gathered(trees), moved(targets, self.device)))
         own = trainable(loss_fn) if isinstance(loss_fn, nn.Module) else []
         with autocast_off(), collected(own) as of_loss:
             loss.backward(scale.to(loss.dtype))  # type: ignore[no-untyped-call]
-        del trees
-        done = batch.backward(gradients_of(collector, outputs))
+        arrived = gradients_of(collector, outputs)
+        del trees, outputs  # the backward has its own use for their memory
+        done = batch.backward(arrived)
         done.and_also(own, of_loss)
         return loss.detach(), done, batch
 
@@ -362,6 +369,7 @@ class DistributedGPipe(nn.Module):
             parameters=parameters,
             two_pass=two_pass,
             statistics=self._statistics,
+            metered=self.metered,
         )
         self.recording = batch.recording
         return batch

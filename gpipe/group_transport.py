@@ -11,8 +11,9 @@ from enum import Enum
 from queue import SimpleQueue
 from typing import Any
 
+from gpipe.metering import Meters
 from gpipe.routes import Incoming, Outgoing, Route
-from gpipe.transport import Aborted, Channel, Direction
+from gpipe.transport import Aborted, Channel, Direction, channel_to
 
 
 class Lane(Enum):
@@ -83,9 +84,15 @@ class GroupTransport:
         self.loss: BaseException | None = None
         wires.connect(self._on_loss)
 
-    def open(self, key: Key, expected: int = 0) -> None:
-        """Make ready for messages: from another rank so many, or any number that stay on this one."""
-        self._channels[key] = Channel()
+    def open(self, key: Key, expected: int = 0, meters: Meters | None = None) -> None:
+        """Make ready for messages: from another rank so many, or any number that stay on this one.
+
+        Args:
+            key: Whose messages to whom.
+            expected: How many come from another rank.
+            meters: Count what comes for a stage.
+        """
+        self._channels[key] = channel_to(key[1], meters)
         if expected:
             self._wires.incoming[key].expect(expected, self._channels[key])
 

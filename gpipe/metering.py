@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,22 +13,28 @@ from gpipe.partitioning.live import LiveBytes
 
 
 class Meters:
-    """Counts for every stage its parameters, the storages its operators make, and the tensors it receives.
+    """Counts for the stages of this process their parameters, the storages their operators make, and what they receive.
 
     Args:
-        parameter_bytes: Per stage what is there before, and stays.
+        parameter_bytes: By stage what is there before, and stays.
+        stages: How many stages the whole pipeline has.
     """
 
-    def __init__(self, parameter_bytes: Sequence[int]) -> None:
+    def __init__(self, parameter_bytes: Mapping[int, int], stages: int) -> None:
         self._parameter_bytes = parameter_bytes
-        self._meters = [LiveBytes() for _ in parameter_bytes]
+        self._stages = stages
+        self._meters = {stage: LiveBytes() for stage in parameter_bytes}
 
     def levels(self) -> list[tuple[list[float], list[int]]]:
-        """Per stage times, in seconds of ``time.perf_counter``, and the bytes held from each of them on."""
-        return [
-            ([time for time, _ in meter.levels], [size + before for _, size in meter.levels])
-            for meter, before in zip(self._meters, self._parameter_bytes, strict=True)
-        ]
+        """Per stage times, in seconds of ``time.perf_counter``, and the bytes held from each of them on.
+
+        Of stages that are elsewhere none.
+        """
+        found: list[tuple[list[float], list[int]]] = [([], []) for _ in range(self._stages)]
+        for stage, meter in self._meters.items():
+            before = self._parameter_bytes[stage]
+            found[stage] = [time for time, _ in meter.levels], [size + before for _, size in meter.levels]
+        return found
 
     def counting(self, stage: int) -> AbstractContextManager[Any]:
         """Count what this thread's operators make inside for ``stage``."""

@@ -23,7 +23,7 @@ from gpipe.stage import Flight, Head, Stage
 from gpipe.tied import Replicas, Tied, added
 from gpipe.timeline import Span
 from gpipe.transport import CALLER, Direction, Drain, Supply, ThreadTransport
-from gpipe.two_pass import passes
+from gpipe.two_pass import passes, window
 from gpipe.worker import Work, Workers, perform
 
 Actions = Sequence[Sequence[Action]]
@@ -93,9 +93,8 @@ class MiniBatch:
             )
             for stage in pipeline.stages
         ]
-        self.recording = Recording(
-            [[] for _ in schedule.workers], Meters([s.parameter_bytes for s in pipeline.stages]) if metered else None
-        )
+        held = {stage.index: stage.parameter_bytes for stage in pipeline.stages}
+        self.recording = Recording([[] for _ in schedule.workers], Meters(held, last + 1) if metered else None)
         self._replicas = Replicas(pipeline.tied, [stage.device for stage in pipeline.stages])
         self._found: Found | None = None
         self._spent = False
@@ -113,13 +112,12 @@ class MiniBatch:
         forward, _ = self._halves
         transport = self._transport()
         if self._two_pass:
-            meters = self.recording.meters
-            copy = Boundary.copy if meters is None else partial(Boundary.map, function=partial(meters.delivered, 0))
-            self._supply = Supply(inputs, copy)
+            self._supply = Supply(inputs, self.recording.meters)
             transport.connect(CALLER, 0, Direction.FORWARD, self._supply)
         else:
             self._enter(inputs, transport)
-        self._perform(forward, transport, self._context)
+        ahead = window(self._schedule) if self._two_pass else None
+        self._perform(forward, transport, self._context, window=ahead)
         self._commit()
         return [transport.receive(self._last, CALLER, Direction.FORWARD, m) for m in range(len(inputs))]
 
@@ -202,10 +200,10 @@ class MiniBatch:
         return ThreadTransport([stage.device for stage in stages], skips, self.recording.meters)
 
     def _perform(
-        self, actions: Actions, transport: ThreadTransport, backward_modes: CallerContext, repeats: bool = False
+        self, actions: Actions, transport: ThreadTransport, backward_modes: CallerContext, **options: Any
     ) -> None:
-        flights = dict(enumerate(self._flights))
-        work = Work(flights, len(flights), transport, self._context, backward_modes, self.recording.meters, repeats)
+        flights, meters = dict(enumerate(self._flights)), self.recording.meters
+        work = Work(flights, len(flights), transport, self._context, backward_modes, meters, **options)
         jobs = [self._job(work, *worker) for worker in zip(actions, self.recording.spans, strict=True) if worker[0]]
         self._pipeline.workers.run(jobs, transport.abort)
 

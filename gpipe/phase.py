@@ -16,7 +16,7 @@ class Phase:
     Attributes:
         micro_batch: Index of the micro-batch.
         checkpointing: Activations are dropped now and recomputed before backward.
-        recomputing: This is the recompute.
+        recomputing: This is the recompute, or the second of two passes.
         statistics: Where deferred batch-norm layers put this micro-batch's statistics, if they do.
     """
 
@@ -53,6 +53,6 @@ def is_checkpointing() -> bool:
 
 
 def is_recomputing() -> bool:
-    """Whether the running cell is run a second time, just before its backward."""
+    """Whether the running cell is run again on the same micro-batch, before its backward."""
     phase = current_phase()
     return phase is not None and phase.recomputing

@@ -159,8 +159,9 @@ class GPipe(nn.Module):
                 alone are kept, and the loss; then every micro-batch forward again, and backward, as ``schedule`` and
                 ``checkpoint`` say. The same bits for a forward more; a stage holds the micro-batches under way instead
                 of a boundary of each. ``schedule`` goes from the last micro-batch to the first, so that gradients are
-                added up as in one pass, unless it is a ``Schedule``. In the second pass ``is_recomputing()`` is true,
-                and the timeline shows its forwards as recomputes, R.
+                added up as in one pass, unless it is a ``Schedule``. ``checkpoint="never"`` spares a third forward, and
+                under 1F1B a stage then keeps the activations of no more micro-batches than there are stages. In the
+                second pass ``is_recomputing()`` is true, and the timeline shows its forwards as recomputes, R.
 
         Returns:
             The loss, without graph.

@@ -17,6 +17,8 @@ from gpipe.context import CallerContext, autocast_off
 from gpipe.found import Found
 from gpipe.gradients import collected
 from gpipe.group_transport import GroupTransport
+from gpipe.metering import Meters
+from gpipe.microbatch import gather
 from gpipe.minibatch import Finished
 from gpipe.recording import Recording
 from gpipe.schedule import Action, Kind, Schedule
@@ -24,7 +26,7 @@ from gpipe.share import Share
 from gpipe.stage import Flight, Head
 from gpipe.tied import Replicas, added
 from gpipe.transport import CALLER, Direction, Drain, Supply
-from gpipe.two_pass import passes
+from gpipe.two_pass import passes, window
 from gpipe.worker import Work, perform
 
 
@@ -42,6 +44,7 @@ class RankBatch:
         parameters: The trainable parameters of this rank.
         two_pass: ``forward`` is the first pass, ``backward`` the second, whose schedule is given.
         statistics: Where deferred batch-norm layers collect, None if they are not deferred.
+        metered: Count what the stages hold.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class RankBatch:
         parameters: Sequence[Tensor] = (),
         two_pass: bool = False,
         statistics: Statistics | None = None,
+        metered: bool = False,
     ) -> None:
         self._share = share
         self._schedule = schedule
@@ -66,7 +70,8 @@ class RankBatch:
         self._supply: Supply | None = None
         self._context = CallerContext.capture([share.device])
         self._micro_batches = range(schedule.micro_batches)
-        self.recording = Recording([[]])
+        held = {k: stage.parameter_bytes for k, stage in share.stages.items()}
+        self.recording = Recording([[]], Meters(held, len(share.hosts)) if metered else None)
         self._flights = {
             k: Flight(
                 stage=stage,
@@ -83,29 +88,36 @@ class RankBatch:
         self._replicas = Replicas(share.tied, [share.device] * len(share.hosts))
         self.parts: dict[Tensor, list[Tensor | None]] = {}
         self._found: Found | None = None
-        self._open_channels(backward=torch.is_grad_enabled() and not two_pass)
+        self._window = window(schedule) if two_pass else None
+        gradients = torch.is_grad_enabled() and not two_pass
+        self._open_channels(gradients or self._window is not None, gradients)
 
     def forward(self, inputs: Sequence[Boundary]) -> list[Boundary] | None:
         """Run all forwards; takes inputs where the first stage is, gives outputs where the last is, None elsewhere."""
         if (self._schedule.recomputed or self._two_pass) and torch.is_grad_enabled():
             self._found = Found([m for flight in self._flights.values() for m in flight.modules])
         if self._two_pass and self._share.is_first:
-            self._supply = Supply(inputs, Boundary.copy)
+            self._supply = Supply(inputs, self.recording.meters)
         self._enter(inputs)
-        self._perform(self._halves[0], self._context)
+        self._perform(self._halves[0], self._context, window=self._window)
         return self._left()
 
-    def backward(self, output_gradients: Sequence[Gradients]) -> Finished:
-        """Run what follows ``forward``; the output gradients are given where the last stage is."""
+    def backward(self, output_gradients: list[Gradients]) -> Finished:
+        """Run what follows ``forward``; the output gradients are given where the last stage is, and taken from there.
+
+        They are not held longer than the stage needs them.
+        """
         if self._found is not None:
             self._found.check()
         if self._two_pass:
-            self._open_channels(backward=True)
+            self._open_channels(backward=True, skips_backward=True)
             self._enter(())
             if self._share.is_last:
                 self._transport.connect(self._share.last, CALLER, Direction.FORWARD, Drain())
-        for m, gradients in enumerate(output_gradients):
-            self._transport.send(CALLER, self._share.last, Direction.BACKWARD, m, gradients)
+        while output_gradients:
+            gradients = output_gradients.pop()
+            self._transport.send(CALLER, self._share.last, Direction.BACKWARD, len(output_gradients), gradients)
+            del gradients
         with collected(self._parameters) as totals, self._found.restored() if self._found else nullcontext():
             self._perform(self._halves[1], self._context.without_autocast(), repeats=self._two_pass)
             self._add_up()
@@ -127,26 +139,32 @@ class RankBatch:
             self._add_up()
         return self._left(), self._finished(totals)
 
-    def _open_channels(self, backward: bool) -> None:
+    def gathered(self, trees: Sequence[Any]) -> Any:
+        """The last stage's outputs put together, on its account."""
+        meters = self.recording.meters
+        with nullcontext() if meters is None else meters.counting(self._share.last):
+            return gather(trees)
+
+    def _open_channels(self, backward: bool, skips_backward: bool) -> None:
         """Make ready for what a pass brings: a message of every micro-batch forward, and maybe one backward."""
-        share, count = self._share, self._schedule.micro_batches
+        share, count, meters = self._share, self._schedule.micro_batches, self.recording.meters
         for before, after in zip(range(share.last), range(1, share.last + 1), strict=True):
             ends = (before, after, Direction.FORWARD), (after, before, Direction.BACKWARD)
             for source, target, direction in ends if backward else ends[:1]:
                 if target in share.stages:
                     elsewhere = source not in share.stages
-                    self._transport.open((source, target, direction), count if elsewhere else 0)
+                    self._transport.open((source, target, direction), count if elsewhere else 0, meters)
         for k, stage in share.stages.items():
             for s in stage.ways.sources:
-                self._transport.open((s, k, Direction.SKIP_FORWARD), 0 if s in share.stages else count)
-            for t in stage.ways.targets if backward else ():
-                self._transport.open((t, k, Direction.SKIP_BACKWARD), 0 if t in share.stages else count)
+                self._transport.open((s, k, Direction.SKIP_FORWARD), 0 if s in share.stages else count, meters)
+            for t in stage.ways.targets if skips_backward else ():
+                self._transport.open((t, k, Direction.SKIP_BACKWARD), 0 if t in share.stages else count, meters)
         if share.is_first:
-            self._transport.open((CALLER, 0, Direction.FORWARD))
+            self._transport.open((CALLER, 0, Direction.FORWARD), meters=meters)
             self._transport.open((0, CALLER, Direction.BACKWARD))
         if share.is_last:
             self._transport.open((share.last, CALLER, Direction.FORWARD))
-            self._transport.open((CALLER, share.last, Direction.BACKWARD))
+            self._transport.open((CALLER, share.last, Direction.BACKWARD), meters=meters)
 
     @property
     def _halves(self) -> tuple[Sequence[Action], Sequence[Action]]:
@@ -183,10 +201,10 @@ class RankBatch:
             else:
                 parameter.grad = added(parts, self._share.device)
 
-    def _perform(self, actions: Sequence[Action], backward_modes: CallerContext, repeats: bool = False) -> None:
+    def _perform(self, actions: Sequence[Action], backward_modes: CallerContext, **options: Any) -> None:
         """Perform actions in this thread, which has the caller's modes already, but for what autocasts where."""
-        stages = len(self._share.hosts)
-        work = Work(self._flights, stages, self._transport, self._context, backward_modes, repeats=repeats)
+        stages, meters = len(self._share.hosts), self.recording.meters
+        work = Work(self._flights, stages, self._transport, self._context, backward_modes, meters, **options)
         with self._context.applied(self._share.device), autocast_off(), ExitStack() as guards:
             guards.enter_context(self._replicas.in_place(list(self._share.stages)))
             for stage in self._share.stages.values():

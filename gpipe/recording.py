@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
+
+import torch
 
 from gpipe.metering import Meters
 from gpipe.timeline import Memory, Span, Timeline
-
-if TYPE_CHECKING:
-    from gpipe.pipe import GPipe
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,29 @@ class Recording:
         return Timeline(tuple(tuple(spans) for spans in self.spans), memory=tuple(memory))
 
 
+class Recordable(Protocol):
+    """A ``GPipe``, or a ``DistributedGPipe``, of which a rank's own stages are recorded.
+
+    Attributes:
+        recording: Of the latest mini-batch.
+        metered: Count what the stages hold in the next.
+    """
+
+    recording: Recording
+    metered: bool
+
+    @property
+    def devices(self) -> Sequence[torch.device]:
+        """Of every stage, or every stage of this rank."""
+
+
 @contextmanager
-def record(pipe: GPipe, *, memory: bool = False) -> Iterator[Timeline]:
+def record(pipe: Recordable, *, memory: bool = False) -> Iterator[Timeline]:
     """Record what runs inside; afterwards the timeline that was given holds the last mini-batch.
 
     Args:
-        pipe: The pipe.
+        pipe: The pipe. Of a ``DistributedGPipe`` the rank's own stages are recorded; ``timeline.memory`` is empty at
+            the others' places.
         memory: Also record the bytes of every stage: its parameters, all that its operators make, gradients included,
             and all that it receives, as if each stage had a device of its own. That takes time for every operator, and
             copies of what stages send each other: record seconds without. The model's outputs, put together, belong to

@@ -97,10 +97,7 @@ class _Graph:
         return divided(self.arrived, self.sizes)
 
     def entering(self, gradients: Sequence[Gradients]) -> tuple[list[GradientEdge], list[Tensor]]:
-        """Where a backward begins, and with what; what the last one left is forgotten.
-
-        A tensor that leaves the stage on several ways is as many roots: its gradients are added up in their order.
-        """
+        """Where a backward begins, and with what; what the last one left is forgotten."""
         self.arrived[:] = [None] * len(self.arrived)
         pairs = [(root, g) for (part, i), root in self.roots if (g := gradients[part][i]) is not None]
         return [root for root, _ in pairs], [gradient for _, gradient in pairs]
@@ -294,8 +291,8 @@ class Flight:
         outputs = [Boundary.of(part) for part in left]
         roots = [
             ((n, i), get_gradient_edge(leaf))
-            for n in (*range(1, len(left)), 0)  # the chain's last: as within one stage
-            for i, leaf in enumerate(leaves_once(left[n])[0])
+            for n, part in enumerate(left)
+            for i, leaf in enumerate(leaves_once(part)[0])
             if outputs[n].needs_grad[i]
         ]
         return _Graph(roots, arrived, anchor, sizes), in_own_memory(outputs)

@@ -32,7 +32,7 @@ class Timeline:
         workers: Per worker its spans in order. Any sequences may be given; they are held as ``Spans``.
         transfers: The messages between stages that took time; empty where they are not known.
         flush: What workers did after their last action; empty where that is not known.
-        memory: Per stage the bytes it held over time; empty where they are not known.
+        memory: Per stage the bytes it held over time; empty where they are not known, as those of other ranks.
     """
 
     workers: tuple[Sequence[Span], ...]
@@ -163,7 +163,7 @@ class Timeline:
     def _hosts(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """The worker of every stage."""
         stages = [spans.stage.max() + 1 for spans in self._workers if len(spans)]
-        hosts = np.zeros(max(stages, default=0), dtype=np.int64)
+        hosts = np.zeros(max([*stages, len(self.memory)]), dtype=np.int64)
         for worker, spans in enumerate(self._workers):
             hosts[spans.stage] = worker
         return hosts

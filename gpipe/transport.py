@@ -6,7 +6,7 @@ target of the last. Messages carry their micro-batch, so sender and receiver nee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from functools import partial
 from queue import SimpleQueue
@@ -76,17 +76,34 @@ class Channel:
         self._queue.put(None)
 
 
+class MeteredChannel(Channel):
+    """Counts what waits in it, and then is taken, as held by the stage it is for."""
+
+    def __init__(self, meters: Meters, stage: int) -> None:
+        super().__init__()
+        self._delivered = partial(meters.delivered, stage)
+
+    def put(self, micro_batch: int, message: Any) -> None:
+        """Hand a message over."""
+        super().put(micro_batch, map_message(message, self._delivered))
+
+
+def channel_to(stage: int, meters: Meters | None) -> Channel:
+    """A channel to a stage or the caller, which ``meters``, if there are any, do not count for."""
+    return Channel() if meters is None or stage == CALLER else MeteredChannel(meters, stage)
+
+
 class Supply(Channel):
     """The inputs of two passes: the first stage gets a copy when it takes one, so that none wait in memory.
 
     Args:
         inputs: By micro-batch.
-        copy: Makes the copy.
+        meters: Count the copies.
     """
 
-    def __init__(self, inputs: Sequence[Boundary], copy: Callable[[Boundary], Boundary]) -> None:
+    def __init__(self, inputs: Sequence[Boundary], meters: Meters | None) -> None:
         super().__init__()
-        self._inputs, self._copy = inputs, copy
+        self._inputs, self._meters = inputs, meters
         self._versions = [boundary.versions() for boundary in inputs]
 
     def take(self, micro_batch: int) -> Any:
@@ -101,7 +118,7 @@ class Supply(Channel):
                 "the inputs were modified in place after the first of two passes: let loss_fn modify a clone, or leave "
                 "two_pass out"
             )
-        return self._copy(boundary)
+        return boundary.copy() if self._meters is None else boundary.map(partial(self._meters.delivered, 0))
 
 
 class Drain(Channel):
@@ -127,15 +144,14 @@ class ThreadTransport:
         self, devices: Sequence[torch.device], skips: Sequence[tuple[int, int]] = (), meters: Meters | None = None
     ) -> None:
         self._devices = devices
-        self._meters = meters
         self._aborted = False
         last = len(devices) - 1
         pairs = [(CALLER, 0), *((k, k + 1) for k in range(last)), (last, CALLER)]
         self._channels = {
-            **{(a, b, Direction.FORWARD): Channel() for a, b in pairs},
-            **{(b, a, Direction.BACKWARD): Channel() for a, b in pairs},
-            **{(a, b, Direction.SKIP_FORWARD): Channel() for a, b in skips},
-            **{(b, a, Direction.SKIP_BACKWARD): Channel() for a, b in skips},
+            **{(a, b, Direction.FORWARD): channel_to(b, meters) for a, b in pairs},
+            **{(b, a, Direction.BACKWARD): channel_to(a, meters) for a, b in pairs},
+            **{(a, b, Direction.SKIP_FORWARD): channel_to(b, meters) for a, b in skips},
+            **{(b, a, Direction.SKIP_BACKWARD): channel_to(a, meters) for a, b in skips},
         }
 
     def connect(self, source: int, target: int, direction: Direction, channel: Channel) -> None:
@@ -146,8 +162,6 @@ class ThreadTransport:
         """Hand a message over; tensors for another accelerator start on their way."""
         if CALLER not in (source, target) and self._devices[source] != self._devices[target]:
             message = map_message(message, partial(_move, self._devices[source], self._devices[target]))
-        if self._meters is not None and target != CALLER:
-            message = map_message(message, partial(self._meters.delivered, target))
         self._channels[source, target, direction].put(micro_batch, message)
 
     def receive(self, source: int, target: int, direction: Direction, micro_batch: int) -> Any:

@@ -4,7 +4,8 @@ The first pass runs all forwards and keeps the outputs alone. The loss, computed
 The second pass runs every micro-batch forward again, as a recompute does, and backward from those gradients, in any
 schedule: all gradients are there before it begins, so forward and backward may interleave, and few micro-batches are
 under way at a time. Where one pass keeps a boundary per micro-batch and stage until the loss has come, two passes keep
-features. They cost a forward more than one pass that keeps its activations.
+features. They cost a forward more than one pass that keeps its activations. In the first pass a stage waits where the
+next one falls behind, or boundaries would queue up there as many as one pass keeps.
 GradCache, arXiv 2101.06983, section 3.2, over the stages of a pipeline.
 
 As the second pass has every gradient from the start, it may begin with the last micro-batch. Parameter gradients are
@@ -54,6 +55,16 @@ def passes(schedule: Schedule) -> tuple[tuple[Sequence[Action], ...], tuple[Sequ
     from_last = any(len(f) and f.micro_batch[0] == schedule.micro_batches - 1 for f in forwards)
     first = _mirrored(forwards, schedule.micro_batches) if from_last else tuple(forwards)
     return first, schedule.workers
+
+
+@lru_cache(maxsize=64)
+def window(schedule: Schedule) -> int | None:
+    """By how many micro-batches a stage may be ahead of the next in the first pass: as many as under 1F1B.
+
+    None, for any number, where waiting might have no end: stages share a worker, or go in another order.
+    """
+    orders = {tuple(actions.micro_batch.tolist()) for actions in map(Actions.of, passes(schedule)[0])}
+    return schedule.stages if orders == {tuple(range(schedule.micro_batches))} else None
 
 
 def _mirrored(workers: Sequence[Sequence[Action]], micro_batches: int) -> tuple[Actions, ...]:

@@ -44,15 +44,13 @@ class Ways:
 def ways_of(skips: Sequence[Skip], balance: Sequence[int]) -> list[Ways]:
     """The ways of every stage.
 
-    Targets come last stage first: so a tensor's gradients are added up in the order they would be within one stage.
-
     Args:
         skips: In the order of the cells that pop.
         balance: Cells per stage.
     """
     ends = list(accumulate(balance))
     pairs: dict[tuple[int, int], list[Key]] = {}
-    for skip in reversed(skips):
+    for skip in skips:
         source, target = bisect_right(ends, skip.source), bisect_right(ends, skip.target)
         if source != target:
             pairs.setdefault((source, target), []).append(skip.key)
@@ -88,7 +86,7 @@ class StageCarrier(Hands):
 
     def leaving(self) -> list[tuple[Tensor | None, ...]]:
         """For every bundle that goes out its values."""
-        return [tuple(self.unhanded(key) for key in keys) for _, keys in self._ways.outgoing]
+        return [tuple(super(StageCarrier, self).take(key) for key in keys) for _, keys in self._ways.outgoing]
 
 
 def in_own_memory(parts: Sequence[Boundary]) -> list[Boundary]:

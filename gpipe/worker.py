@@ -36,6 +36,8 @@ class Work:
         backward_modes: The caller's autocast for backward.
         meters: Count what the stages hold.
         repeats: Forwards repeat those of a first pass; they are recorded as the recomputes they are.
+        window: By how many micro-batches a stage may be ahead of the next, where there are forwards alone, from the
+            first micro-batch to the last; None for any number.
     """
 
     flights: Mapping[int, Flight]
@@ -45,6 +47,7 @@ class Work:
     backward_modes: CallerContext
     meters: Meters | None = None
     repeats: bool = False
+    window: int | None = None
 
     def shown(self, action: Action) -> Action:
         """The action as timelines and messages name it."""
@@ -102,7 +105,11 @@ def perform(work: Work, actions: Sequence[Action], spans: list[Span]) -> None:
 def _act(work: Work, action: Action, spans: list[Span]) -> None:
     k, kind, m = action
     sources, targets = work.neighbours(k, kind)
+    if work.window is not None and m >= work.window and targets[0][0] != CALLER:
+        work.transport.receive(targets[0][0], k, Direction.BACKWARD, m - work.window)
     messages = [work.transport.receive(source, k, direction, m) for source, direction in sources]
+    if work.window is not None and sources[0][0] != CALLER:
+        work.transport.send(k, sources[0][0], Direction.BACKWARD, m, [])  # taken
     modes = work.forward_modes if kind in (Kind.FORWARD, Kind.RECOMPUTE) else work.backward_modes
     start = perf_counter()
     with modes.autocasting(), work.counting(k):

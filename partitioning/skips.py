@@ -45,29 +45,27 @@ class Carrier(Protocol):
 
 
 class Hands:
-    """Carries values within one graph."""
+    """Carries values within one graph.
+
+    What is stashed gets a node of its own there, made before whatever uses the tensor afterwards. Autograd therefore
+    adds up a tensor's gradients in one order, wherever they come from: of its other uses first, then of every stash.
+    """
 
     def __init__(self) -> None:
         self._values: dict[Key, tuple[Tensor | None, int]] = {}
 
     def put(self, key: Key, value: Tensor | None) -> None:
         """Take a stashed value."""
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            value = _Handed.apply(value)
         self._values[key] = value, _version(value)
 
     def take(self, key: Key) -> Tensor | None:
-        """Give it, once, with a node of its own in the graph: its gradients are added up before they join others.
+        """Give it, once.
 
         Raises:
             KeyError: Nothing was stashed. RuntimeError: The tensor was written to since.
         """
-        value = self.unhanded(key)
-        if value is None or not value.requires_grad or not torch.is_grad_enabled():
-            return value
-        handed: Tensor = _Handed.apply(value)
-        return handed
-
-    def unhanded(self, key: Key) -> Tensor | None:
-        """The same without the node."""
         value, version = self._values.pop(key)
         if _version(value) != version:
             raise RuntimeError(

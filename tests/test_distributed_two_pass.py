@@ -132,24 +132,31 @@ def test_outputs_of_every_kind(two, frozen):
     assert_same(joined(two.values(pass_trees, frozen)), expected)
 
 
-class FailsAgain(nn.Module):
+class Fails(nn.Module):
+    def __init__(self, again):
+        super().__init__()
+        self.again = again
+
     def forward(self, x):
-        if is_recomputing():
+        if is_recomputing() == self.again:
             raise ValueError("boom")
         return x
 
 
-def fail(rank):
-    pipe = wrapped(nn.Sequential(nn.Linear(4, 4), FailsAgain()), [1, 1], 3, mean_square, two_pass=True)
+def fail(rank, again):
+    pipe = wrapped(nn.Sequential(nn.Linear(4, 4), Fails(again)), [1, 1], 6, mean_square, two_pass=True)
     pipe.train_step(torch.ones(6, 4), torch.ones(6, 4))
 
 
-def test_a_failure_in_the_second_pass_is_located(two):
-    first, last = two.run(fail)
+@pytest.mark.parametrize(
+    ("again", "action"), [(False, "micro-batch 0, action 1F0"), (True, "micro-batch 5, action 1R5")]
+)
+def test_a_failure_in_either_pass_ends_both_ranks(two, again, action):
+    first, last = two.run(fail, again)
     assert (first.type, last.type, last.message) == ("OtherRankFailed", "ValueError", "boom")
-    assert "cell 1 (FailsAgain), micro-batch 2, action 1R2" in last.notes[0]
+    assert f"cell 1 (Fails), {action}" in last.notes[0]
     assert "boom" in first.message
-    assert "1R2" in first.message
+    assert action in first.message
 
 
 def make(rank, options):

@@ -54,7 +54,7 @@ def test_what_a_graph_holds_counts():
 
 
 def test_a_tensor_counts_for_the_stage_it_is_sent_to():
-    meters = Meters([5, 0])
+    meters = Meters({0: 5, 1: 0}, 2)
     with meters.counting(0):
         x = torch.ones(10) + 1
     y = meters.delivered(1, x)

@@ -98,7 +98,7 @@ TWO_PASS = {"two_pass": True}
 def test_the_same_bits_for_every_division_and_keep(options):
     expected = trained([7], 99, options)
     divisions = list(compositions(7))
-    for balance in divisions[:: 3 if options is GPIPE else 9] + [[1] * 7]:
+    for balance in [*divisions[:: 3 if options is GPIPE else 9], [1] * 7]:
         for keep in (0, 1, 99):
             assert_same(trained(balance, keep, options), expected, f"{balance}, keep {keep}")
 
@@ -111,6 +111,37 @@ def test_gradients_are_those_of_the_plain_module():
     make_pipe(module, [2, 1, 2, 2], chunks=1)(x).square().sum().backward()
     assert_same(gradients(module), gradients(plain))
     assert torch.equal(x.grad, z.grad)
+
+
+@skippable(stash=["a", "b", "c"])
+class StashThrice(nn.Module):
+    def forward(self, x):
+        x = x * 1.5
+        for name in "abc":
+            yield stash(name, x)
+        return x
+
+
+def used_twice(name):
+    @skippable(pop=[name])
+    class Use(nn.Module):
+        def forward(self, x):
+            value = yield pop(name)
+            return x * value.sin() + value.cos()
+
+    return Use()
+
+
+def test_gradients_are_added_up_in_the_same_order_however_far_they_come():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 64), StashThrice(), *map(used_twice, "cab"), nn.Linear(64, 4))
+    found = []
+    for balance in compositions(6):
+        module.zero_grad()
+        make_pipe(module, balance, chunks=1, checkpoint="never").train_step(data(64), -data(64), squared)
+        found.append(gradients(module))
+    for own in found:
+        assert_same(own, found[0])
 
 
 def test_names_of_the_state_stay_and_a_pickle_works():

@@ -1,6 +1,7 @@
 """``two_pass=True``: a loss over the whole mini-batch without a boundary of every micro-batch, to the same bits."""
 
 import gc
+import time
 import weakref
 
 import pytest
@@ -15,11 +16,11 @@ from test_memory import BOUNDARY, CHUNKS, ROWS, WIDTH, booked_pipe, python_tenso
 from test_train_step import LearnedLoss
 from torch import nn
 
-from gpipe import Kind, ScheduleError, is_checkpointing, is_recomputing, record, schedules
+from gpipe import Action, Kind, Schedule, ScheduleError, is_checkpointing, is_recomputing, record, schedules
 from gpipe.models.clip import clip
 from gpipe.models.contrastive import ContrastiveLoss
 from gpipe.schedules import BUILDERS
-from gpipe.two_pass import last_first, passes
+from gpipe.two_pass import last_first, passes, window
 
 
 def cross_entropy(output, target):
@@ -207,6 +208,16 @@ def test_a_frozen_start_and_a_frozen_net():
             assert_same(*found)
 
 
+@every_keep
+def test_tied_parameters(keep):
+    def make():
+        module = linears()
+        module[2].weight = module[0].weight
+        return module
+
+    assert_both(make, torch.randn(7, 4), torch.randn(7, 4), checkpoint=keep)
+
+
 def test_autocast_is_the_callers_in_both_forwards():
     def make():
         return nn.Sequential(nn.Linear(4, 4), Island(), nn.Linear(4, 4))
@@ -340,6 +351,36 @@ def test_few_micro_batches_are_under_way():
     assert [ledger.peak[k] for k in range(3)] == [3 * one, 2 * one, one]  # of CHUNKS = 4 in one pass
 
 
+def test_no_stage_runs_away_from_the_next():
+    begun, ahead = [], []
+
+    def fast(x):
+        begun.append(None)
+        return x
+
+    def slow(x):
+        time.sleep(0.005)
+        ahead.append(len(begun) - len(ahead))
+        return x
+
+    pipe = make_pipe(nn.Sequential(Apply(fast), nn.Linear(4, 4), Apply(slow)), [2, 1], 12, "never")
+    x = torch.ones(12, 4)
+    pipe.train_step(x, x, mean_square, two_pass=True)
+    assert len(ahead) == 24
+    assert max(ahead) <= 3  # one that computes, two ahead of it
+
+
+def test_a_window_needs_one_order_and_a_stage_a_worker():
+    assert window(last_first(schedules.one_f_one_b(stages=3, micro_batches=5))) == 3
+    assert window(schedules.gpipe(stages=4, micro_batches=2)) == 4
+    assert window(schedules.interleaved_one_f_one_b(stages=4, micro_batches=4)) is None
+    crossed = [[Action(k, kind, m) for kind in "FB" for m in order] for k, order in enumerate([(0, 1), (1, 0)])]
+    crossed = Schedule("crossed", 2, 2, tuple(crossed)).validate()
+    assert window(crossed) is None
+    x = torch.ones(4, 4)
+    make_pipe(linears(2), chunks=2).train_step(x, x, mean_square, schedule=crossed, two_pass=True)
+
+
 def test_outputs_of_the_second_pass_are_let_go():
     made, alive = [], []
 
@@ -355,9 +396,9 @@ def test_outputs_of_the_second_pass_are_let_go():
     assert alive == [0, 1, 2, 3, *[0] * 4]
 
 
-@every_keep
+@pytest.mark.parametrize("keep", ["always", "never"])
 def test_stage_0_of_clip_holds_less(keep):
-    inputs = pairs(48)
+    inputs = pairs(24)
     peaks = []
     for two_pass in (False, True):
         torch.manual_seed(1)
@@ -411,6 +452,16 @@ def test_an_error_in_the_second_pass_is_located_and_leaves_no_gradients():
     assert "stage 1 (cells 1 to 2, cpu), cell 2 (Apply), micro-batch 2, action 1R2" in raised.value.__notes__[0]
     assert all(p.grad is None for p in module.parameters())
     assert module[1].calls == 3
+
+
+def test_an_error_in_the_first_pass_ends_stages_that_wait_for_the_next():
+    def fail(x):
+        raise ValueError("boom")
+
+    pipe = make_pipe(nn.Sequential(nn.Linear(4, 4), Apply(fail)), chunks=6)
+    with pytest.raises(ValueError, match="boom") as raised:
+        pipe.train_step(torch.ones(6, 4), torch.ones(6, 4), mean_square, two_pass=True)
+    assert "action 1F0" in raised.value.__notes__[0]
 
 
 @pytest.mark.parametrize(
