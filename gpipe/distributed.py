@@ -19,7 +19,7 @@ from gpipe.boundary import Boundary
 from gpipe.cells import registries
 from gpipe.choosing import AnySchedule, chosen
 from gpipe.context import autocast_off, refuse_transforms
-from gpipe.error_board import ErrorBoard, Failure
+from gpipe.error_board import ErrorBoard, Failure, OtherRankFailed, RankLost
 from gpipe.flush import Flush, borrowed
 from gpipe.gradients import collected
 from gpipe.group_transport import GroupTransport, Wires
@@ -145,8 +145,8 @@ class DistributedGPipe(nn.Module):
             The loss, without graph and not scaled, on every rank; of replicas the mean over their rows.
 
         Raises:
-            RuntimeError: Another rank failed; the message says which, where and why. Or the pipe is broken by an
-                earlier failure.
+            OtherRankFailed: Another rank failed; the message says which, where and why. RankLost: It cannot be reached.
+            RuntimeError: The pipe is broken by an earlier failure.
             BaseException: What a cell of this rank raised, with a note naming stage, cell, micro-batch and action.
         """
         with self._running() as transport:
@@ -213,7 +213,7 @@ class DistributedGPipe(nn.Module):
             None.
 
         Raises:
-            RuntimeError, BaseException: As ``train_step``.
+            OtherRankFailed, RuntimeError, BaseException: As ``train_step``.
         """
         with self._running() as transport, torch.no_grad():
             rows = self._started(Relay(self._share.position, transport), "forward", inputs)
@@ -311,13 +311,13 @@ class DistributedGPipe(nn.Module):
 
     def _fail_after(self, error: BaseException) -> NoReturn:
         """Raise for a failure elsewhere: the one posted, or, of a rank that died without a word, its loss."""
-        failure = self._board.read(patient=True)
+        failure, kind = self._board.read(patient=True), OtherRankFailed
         if failure is None:
             lost = RuntimeError("the store of the process group was lost") if isinstance(error, Aborted) else error
-            failure = Failure.of(lost, self._share.rank, self.step)
-            self._board.post(failure)
+            failure, kind = Failure.of(lost, self._share.rank, self.step), RankLost
+            self._board.post(failure, patient=False)  # who is gone will not hear of it
         self._failure = failure
-        raise RuntimeError(f"{failure}; the step was ended on rank {self._share.rank} too") from None
+        raise kind(f"{failure}; the step was ended on rank {self._share.rank} too") from None
 
     def _rows(self, inputs: Any) -> int | None:
         if not self._share.is_first:
