@@ -1,11 +1,14 @@
 """The Transformers under a pipeline, and their costs: what holds for the language model and the translation alike."""
 
+import functools
+
 import pytest
 import torch
 from nets import gradients, loud
 from torch import nn
+from worlds import World
 
-from gpipe import GPipe
+from gpipe import DistributedGPipe, GPipe
 from gpipe.models import transformer
 from gpipe.models.attention import Attention
 from gpipe.models.transformer import NextTokenLoss, gpipe_table1, language_model, translation
@@ -13,6 +16,7 @@ from gpipe.partitioning.cells import cells_of
 from gpipe.partitioning.cost import CellCost
 from gpipe.partitioning.estimate import Speed, estimate
 from gpipe.partitioning.profile import profile
+from gpipe.slicing import initialised
 
 LANGUAGE = {"vocabulary_size": 11, "width": 8, "layers": 2, "heads": 2, "context_length": 7}
 TRANSLATION = {
@@ -184,6 +188,41 @@ def test_every_partition_trains_to_the_same_bits_with_dropout(kind, tied):
         for checkpoint in ("always", "except_last", "never"):
             found = trained(kind, tied, balance, checkpoint)
             assert all(torch.equal(found[key], value) for key, value in expected.items()), (balance, checkpoint)
+
+
+def train_rank(rank, kind):
+    factory = functools.partial(make, kind, tied=True, dropout=0.3)
+    cells = len(factory())
+    pipe = DistributedGPipe(factory, [cells // 2, cells - cells // 2], chunks=3, loss_fn=NextTokenLoss(), seed=5)
+    steps(pipe, functools.partial(pipe.train_step, inputs_of(kind), targets_of(inputs_of(kind))))
+    return dict(pipe.state_dict())
+
+
+def steps(pipe, step):
+    optimizer = torch.optim.AdamW(pipe.parameters(), lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        step()
+        optimizer.step()
+
+
+@pytest.fixture
+def two():
+    world = World(2)
+    yield world
+    world.close()
+
+
+def test_ranks_that_make_their_own_cells_train_to_the_bits_of_threads(two):
+    for kind in ("attention", "hyena", "translation"):
+        one, other = two.values(train_rank, kind)
+        model = initialised(functools.partial(make, kind, tied=True, dropout=0.3), 5)
+        cells = len(model)
+        pipe = GPipe(model, balance=[cells // 2, cells - cells // 2], devices=["cpu"] * 2, chunks=3, seed=5)
+        loss = NextTokenLoss()
+        steps(pipe, functools.partial(pipe.train_step, inputs_of(kind), targets_of(inputs_of(kind)), loss))
+        assert (one | other).keys() == model.state_dict().keys()
+        assert all(torch.equal((one | other)[key], value) for key, value in model.state_dict().items()), kind
 
 
 @every_kind
