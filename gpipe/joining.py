@@ -98,7 +98,8 @@ def join(module: nn.Module | Factory, settings: Settings, number: int) -> Joined
     rank, ranks = dist.get_rank(), dist.get_world_size()
     world = dist.group.WORLD
     assert world is not None
-    store = dist.PrefixStore(f"gpipe {number}", world.get_group_store())  # type: ignore[attr-defined]
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store may outlive processes that failed
+    store = dist.PrefixStore(f"gpipe {attempt} {number}", world.get_group_store())  # type: ignore[attr-defined]
     joining = _Joining(module, settings)
     facts = agree(store, rank, ranks, joining.settle)
     return joining.join(int(facts["_seed"]), store)
