@@ -55,7 +55,7 @@ def hold(rank, kind):
     return held.is_conj(), held.stride(), held.resolve_conj().reshape(-1).contiguous().view(torch.uint8).numpy()
 
 
-# Broadcast through gloo took a buffer for plain, dense memory, whatever its strides: the other replicas got a mixture of
+# Broadcast through gloo took a buffer for plain, dense memory, whatever its strides: other replicas got a mixture of
 # values, written past the end of an expanded one. Types that gloo does not know ended as "a replica cannot be reached".
 @pytest.mark.parametrize("kind", BUFFERS)
 def test_replicas_get_buffers_of_every_type_and_layout(two, kind):
@@ -63,3 +63,22 @@ def test_replicas_get_buffers_of_every_type_and_layout(two, kind):
     for conjugate, stride, found in two.values(hold, kind):
         assert (conjugate, stride) == (expected.is_conj(), expected.stride())
         assert (found == expected.resolve_conj().reshape(-1).contiguous().view(torch.uint8).numpy()).all()
+
+
+class Homeless(nn.Linear):
+    """A cell for which its device has no room."""
+
+    def _apply(self, fn, recurse=True):
+        raise MemoryError("no room")
+
+
+def move_in(rank):
+    DistributedGPipe(nn.Sequential(nn.Linear(4, 4), Homeless(4, 4)), [1, 1], chunks=1, loss_fn=squared)
+
+
+# What one rank alone could not do when it took its slice (memory, initial values of a factory) was raised there, and
+# the others waited for it for ever.
+def test_a_rank_that_cannot_take_its_stages_ends_all(two):
+    first, second = two.run(move_in)
+    assert (second.type, second.message) == ("MemoryError", "no room")
+    assert (first.type, first.message) == ("ValueError", "rank 1 failed to take its stages: MemoryError: no room")
