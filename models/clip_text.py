@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gpipe.models.attention import LayerNorm
+from gpipe.models.freezing import Freezable
 
 # What the text cells pass on: image features (B, E), token features (B, T, W), end (B,).
 TextBoundary = tuple[Tensor | None, Tensor, Tensor]
@@ -77,7 +78,7 @@ def _readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and type(tensor) is Tensor
 
 
-class TextStem(nn.Module):
+class TextStem(Freezable):
     """First cell of the text tower: token and positional embeddings.
 
     Args:
@@ -115,7 +116,7 @@ class TextStem(nn.Module):
         return image_features, x, end
 
 
-class TextBlock(nn.Module):
+class TextBlock(Freezable):
     """A cell of the text tower: one block applied to the token features.
 
     Args:
@@ -132,7 +133,7 @@ class TextBlock(nn.Module):
         return image_features, self.block(x), end
 
 
-class TextHead(nn.Module):
+class TextHead(Freezable):
     """Last cell of the text tower: the feature at each text's end token, normalised and projected.
 
     Args:
