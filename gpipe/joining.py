@@ -102,7 +102,8 @@ def join(module: nn.Module | Factory, settings: Settings, number: int) -> Joined
     store = dist.PrefixStore(f"gpipe {attempt} {number}", world.get_group_store())  # type: ignore[attr-defined]
     joining = _Joining(module, settings)
     seed = int(agree(store, rank, ranks, joining.settle)["_seed"])
-    agree(dist.PrefixStore("slice", store), rank, ranks, lambda: joining.take(seed), "failed to take its stages")
+    slices = dist.PrefixStore("slice", store)  # type: ignore[attr-defined]
+    agree(slices, rank, ranks, lambda: joining.take(seed), "failed to take its stages")
     return joining.join(seed, store)
 
 
