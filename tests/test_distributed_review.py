@@ -82,3 +82,42 @@ def test_a_rank_that_cannot_take_its_stages_ends_all(two):
     first, second = two.run(move_in)
     assert (second.type, second.message) == ("MemoryError", "no room")
     assert (first.type, first.message) == ("ValueError", "rank 1 failed to take its stages: MemoryError: no room")
+
+
+class Fussy(nn.Linear):
+    """A cell that refuses large inputs."""
+
+    def forward(self, x):
+        if x.abs().max() > 1e6:
+            raise ValueError("too large")
+        return super().forward(x)
+
+
+def fail_and_start_again(rank):
+    mesh, x = mesh_of(2, 2), torch.ones(4, 4)
+    found = []
+    for scale in (1e9, 1.0):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(4, 4), Fussy(4, 4))
+        pipe = DistributedGPipe(module, [1, 1], chunks=1, loss_fn=squared, mesh=mesh)
+        try:
+            pipe.eval()(x * (scale if rank == 0 else 1.0))
+            found.append(pipe.train().train_step(x, x))
+        except (ValueError, RuntimeError) as error:
+            found.append(str(error))
+    return found
+
+
+# Replicas that had begun a step when an earlier call failed elsewhere left a sum behind in the mesh's group, and the
+# new pipe that the message recommends met it there: its ranks waited for ever.
+def test_a_new_pipe_on_the_same_mesh_after_a_failure():
+    world = World(4)
+    try:
+        found = world.values(fail_and_start_again)
+    finally:
+        world.kill()
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for told, loss in found:
+        assert "too large" in told
+        torch.testing.assert_close(loss, squared(module(torch.ones(4, 4)), torch.ones(4, 4)).detach())
