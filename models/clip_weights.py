@@ -152,7 +152,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError) as error:
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0] or type(error).__name__
+        cause = error.__context__ or error  # torch wraps what it found in advice to load the file nevertheless
+        reason = str(cause).partition("\n")[0] or type(cause).__name__
         raise ValueError(
             f"expected a file of nothing but tensors, given {path}, which would run code or is damaged ({reason}); get "
             "the weights as safetensors, or convert the file where you trust what is in it"
