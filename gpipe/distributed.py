@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from itertools import count
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +15,12 @@ from gpipe import norms
 from gpipe.averaging import Averaging, equalise
 from gpipe.batchnorm import Statistics, commit, defer
 from gpipe.boundary import Boundary
-from gpipe.cells import registries
+from gpipe.calls import Calls
 from gpipe.choosing import AnySchedule, chosen
 from gpipe.context import autocast_off, refuse_transforms
-from gpipe.error_board import ErrorBoard, Failure
 from gpipe.flush import Flush, borrowed
 from gpipe.gradients import collected
-from gpipe.group_transport import GroupTransport, Wires
+from gpipe.group_transport import GroupTransport
 from gpipe.joining import Settings, join
 from gpipe.loss import LossFunction, MicroBatchLoss, checked_loss
 from gpipe.microbatch import has_rows, moved, row_count, scatter, split_sizes
@@ -30,17 +28,16 @@ from gpipe.minibatch import Finished
 from gpipe.rank_batch import RankBatch, deliver, gradients_of, outputs_with_graph, trainable
 from gpipe.recording import Recording
 from gpipe.relay import Relay
-from gpipe.routes import ConnectionLost
 from gpipe.schedule import Schedule
 from gpipe.settings import Checkpoint, kept_micro_batches
+from gpipe.slice_module import SliceModule
 from gpipe.slicing import Factory
 from gpipe.timeline import Timeline
-from gpipe.transport import Aborted
 
 _pipes = count()  # of this process; ranks make their pipes in the same order
 
 
-class DistributedGPipe(nn.Module):
+class DistributedGPipe(SliceModule):
     """Trains a sequence of cells as a pipeline over processes: stage k on rank k of a torch.distributed world.
 
     Made and called on every rank alike. A rank keeps its own stages' cells only: ``parameters()`` and ``state_dict()``
@@ -94,7 +91,6 @@ class DistributedGPipe(nn.Module):
         seed: int | None = None,
         device: str | torch.device | None = None,
     ) -> None:
-        super().__init__()
         settings = Settings(
             balance,
             chunks,
@@ -109,18 +105,13 @@ class DistributedGPipe(nn.Module):
             device,
         )
         joined = join(module, settings, number=next(_pipes))
-        self.balance, self.chunks, self.checkpoint, self.seed = joined.balance, chunks, joined.checkpoint, joined.seed
-        self.device, self.schedule, self.loss_over = joined.share.device, schedule, loss_over
+        super().__init__(joined, loss_fn)
+        self.chunks, self.checkpoint, self.seed = chunks, joined.checkpoint, joined.seed
+        self.schedule, self.loss_over = schedule, loss_over
         self.two_pass, self.deferred_batch_norm = two_pass, deferred_batch_norm
         self.step = 0
         self.recording = Recording()
         self.metered = False
-        vars(self).update(registries(joined.module), module=joined.module)
-        vars(self)["loss_fn"] = loss_fn if joined.share.is_last else None  # no child: state_dict() is the module's
-        self._cells, self._share, self._names = joined.cells, joined.share, joined.names
-        self._order, self._first_names = joined.order, joined.first_names
-        self._wires, self._board = joined.wires, joined.board
-        self._failure: Failure | None = None
         self._averaging: Averaging | None = None
         if joined.share.position.group is not None:
             self._averaging = Averaging(joined.share.position, self._averaged())
@@ -128,7 +119,9 @@ class DistributedGPipe(nn.Module):
         if deferred_batch_norm:
             for _, cell in self._cells:
                 defer(cell)
-        weakref.finalize(self, _close, self._wires, self._board)
+        give_up = None if self._averaging is None else self._averaging.give_up
+        self._calls = Calls(joined.wires, joined.board, self._share.rank, give_up)
+        weakref.finalize(self, self._calls.close)
 
     def train_step(
         self, inputs: Any = None, targets: Any = None, *, scaler: torch.amp.GradScaler | None = None
@@ -145,11 +138,11 @@ class DistributedGPipe(nn.Module):
             The loss, without graph and not scaled, on every rank; of replicas the mean over their rows.
 
         Raises:
-            RuntimeError: Another rank failed; the message says which, where and why. Or the pipe is broken by an
-                earlier failure.
+            OtherRankFailed: Another rank failed; the message says which, where and why. RankLost: It cannot be reached.
+            RuntimeError: The pipe is broken by an earlier failure.
             BaseException: What a cell of this rank raised, with a note naming stage, cell, micro-batch and action.
         """
-        with self._running() as transport:
+        with self._calls.running(self.step) as transport:
             if self._averaging is not None:
                 self._averaging.expect()
             relay = Relay(self._share.position, transport)
@@ -191,7 +184,7 @@ class DistributedGPipe(nn.Module):
         Raises:
             RuntimeError: The norm is not finite, on every rank; or as ``train_step``.
         """
-        with self._running() as transport:
+        with self._calls.running(self.step) as transport:
             relay = Relay(self._share.position, transport)
             relay.start("clip_grad_norm_", "training" if self.training else "eval", self.step)
             relay.will_be_done()
@@ -213,9 +206,9 @@ class DistributedGPipe(nn.Module):
             None.
 
         Raises:
-            RuntimeError, BaseException: As ``train_step``.
+            OtherRankFailed, RuntimeError, BaseException: As ``train_step``.
         """
-        with self._running() as transport, torch.no_grad():
+        with self._calls.running(self.step) as transport, torch.no_grad():
             rows = self._started(Relay(self._share.position, transport), "forward", inputs)
             batch = self._batch(transport, rows, None, [])
             outputs = batch.forward([Boundary.of(part) for part in self._parts(inputs)])
@@ -238,11 +231,6 @@ class DistributedGPipe(nn.Module):
         """When this rank did what in the latest mini-batch."""
         return self.recording.timeline()
 
-    @property
-    def state_keys(self) -> frozenset[str]:
-        """Keys of the whole module's ``state_dict()``: this rank's and all others'."""
-        return self._names
-
     def _mini_batch_step(
         self, transport: GroupTransport, parts: list[Any], targets: Any, rows: int, scale: Tensor
     ) -> tuple[Tensor | None, Finished, RankBatch]:
@@ -251,7 +239,7 @@ class DistributedGPipe(nn.Module):
         if outputs is None:
             return None, batch.backward([]), batch
         trees, collector = outputs_with_graph(outputs)
-        loss_fn = vars(self)["loss_fn"]
+        loss_fn = self.loss_fn
         loss = checked_loss(loss_fn(batch.gathered(trees), moved(targets, self.device)))
         own = trainable(loss_fn) if isinstance(loss_fn, nn.Module) else []
         with autocast_off(), collected(own) as of_loss:
@@ -280,44 +268,7 @@ class DistributedGPipe(nn.Module):
     def _head(self, targets: Any, rows: int) -> MicroBatchLoss:
         sizes, there = split_sizes(rows, self.chunks), moved(targets, self.device)
         aims = scatter(there, self.chunks) if has_rows(there) else [there] * len(sizes)
-        return MicroBatchLoss(vars(self)["loss_fn"], aims, sizes)
-
-    @contextmanager
-    def _running(self) -> Iterator[GroupTransport]:
-        """A step inside: what fails in it ends it on every rank."""
-        if self._failure is not None:
-            raise RuntimeError(
-                f"this pipe is broken: {self._failure}. Ranks are no longer in step: end all of them and start again "
-                "from the last save, or make a new pipe on every rank"
-            )
-        transport = GroupTransport(self._wires)
-        try:
-            with self._board.watched(transport.abort):
-                yield transport
-        except (Aborted, ConnectionLost) as error:
-            self._leave(transport)
-            self._fail_after(transport.loss or error)
-        except BaseException as error:
-            self._leave(transport)
-            self._failure = Failure.of(error, self._share.rank, self.step)
-            self._board.post(self._failure)
-            raise
-
-    def _leave(self, transport: GroupTransport) -> None:
-        """Let nobody wait for this rank."""
-        transport.abort()
-        if self._averaging is not None:
-            self._averaging.give_up()
-
-    def _fail_after(self, error: BaseException) -> NoReturn:
-        """Raise for a failure elsewhere: the one posted, or, of a rank that died without a word, its loss."""
-        failure = self._board.read(patient=True)
-        if failure is None:
-            lost = RuntimeError("the store of the process group was lost") if isinstance(error, Aborted) else error
-            failure = Failure.of(lost, self._share.rank, self.step)
-            self._board.post(failure)
-        self._failure = failure
-        raise RuntimeError(f"{failure}; the step was ended on rank {self._share.rank} too") from None
+        return MicroBatchLoss(self.loss_fn, aims, sizes)
 
     def _rows(self, inputs: Any) -> int | None:
         if not self._share.is_first:
@@ -332,16 +283,6 @@ class DistributedGPipe(nn.Module):
         rows = relay.start(call, "training" if self.training else "eval", self.step, self._rows(inputs))
         assert rows is not None
         return rows
-
-    @property
-    def _slice(self) -> nn.Module:
-        return vars(self)["module"]  # type: ignore[no-any-return]
-
-    @property
-    def _modules_here(self) -> list[nn.Module]:
-        """The slice, and the loss where it is computed, if it is a module."""
-        loss_fn = vars(self)["loss_fn"]
-        return [self._slice, loss_fn] if isinstance(loss_fn, nn.Module) else [self._slice]
 
     def _parts(self, inputs: Any) -> list[Any]:
         return scatter(moved(inputs, self.device), self.chunks) if self._share.is_first else []
@@ -401,83 +342,6 @@ class DistributedGPipe(nn.Module):
         places = {name: i for i, name in enumerate(self._order)}
         return sorted(names, key=lambda name: places.get(name, len(places)))
 
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Those of this rank's slice, and on the last stage's rank the loss's as ``loss_fn.*``.
-
-        Each once, under the first name that the whole module has for it.
-        """
-        seen: set[nn.Parameter] = set()
-        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
-            seen.add(parameter)
-            first = self._first_names.get(parameter) if remove_duplicate else None
-            yield (name if first is None else f"{prefix}.{first}" if prefix else first), parameter
-        loss = vars(self)["loss_fn"]
-        if isinstance(loss, nn.Module) and recurse:
-            inner = f"{prefix}.loss_fn" if prefix else "loss_fn"
-            for name, parameter in loss.named_parameters(inner, recurse, remove_duplicate):
-                if parameter not in seen:
-                    yield name, parameter
-
-    def train(self, mode: bool = True) -> Self:
-        """Set training mode on this rank's cells and, where it is, the loss."""
-        super().train(mode)
-        self._slice.training = mode
-        for _, cell in self._cells:
-            cell.train(mode)
-        if isinstance(vars(self)["loss_fn"], nn.Module):
-            vars(self)["loss_fn"].train(mode)
-        return self
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load this rank's part of a state, which may be the whole module's: other ranks' keys are passed over.
-
-        Args:
-            state_dict: Tensors by the module's own names.
-            strict: Refuse keys that are missing here, or that the module has not.
-            assign: Must be False: values are copied into the parameters there are.
-
-        Raises:
-            ValueError: ``assign`` is True. RuntimeError: As ``nn.Module.load_state_dict``.
-        """
-        if assign:
-            raise ValueError("assign=True would replace parameters that the stages hold: leave it out")
-        own = set(self.state_dict())
-        mine = {key: value for key, value in state_dict.items() if key in own or key not in self._names}
-        return super().load_state_dict(mine, strict)
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._slice._save_to_state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._slice._load_from_state_dict(*args, **kwargs)
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Cast the parameters; refuses to move them."""
-        if torch._C._nn._parse_to(*args, **kwargs)[0] is not None:
-            self._refuse_move()
-        return super().to(*args, **kwargs)
-
-    def cuda(self, device: Any = None) -> NoReturn:
-        """Refused: a rank's stages stay on its device."""
-        self._refuse_move()
-
-    def cpu(self) -> NoReturn:
-        """Refused: a rank's stages stay on its device."""
-        self._refuse_move()
-
-    def _refuse_move(self) -> NoReturn:
-        raise TypeError(f"a rank's stages stay on its device, {self.device}: give device= when wrapping")
-
-    def __getstate__(self) -> NoReturn:
-        raise TypeError("a DistributedGPipe is tied to its process and cannot be pickled: save state_dict()")
-
-    def extra_repr(self) -> str:
-        """Rank, own stages, balance and chunks, for ``repr``."""
-        stages = ", ".join(map(str, self._share.stages.values()))
-        return f"rank={self._share.rank}, {stages}, balance={self.balance}, chunks={self.chunks}"
-
 
 def _mean(told: Mapping[int, tuple[Tensor, int]]) -> Tensor:
     """The loss over all rows, from every replica's and its number of rows."""
@@ -485,8 +349,3 @@ def _mean(told: Mapping[int, tuple[Tensor, int]]) -> Tensor:
     if len(shares) == 1:
         return shares[0][0]
     return torch.stack([loss * rows for loss, rows in shares]).sum() / sum(rows for _, rows in shares)
-
-
-def _close(wires: Wires, board: ErrorBoard) -> None:
-    wires.close()
-    board.close()

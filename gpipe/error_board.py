@@ -18,6 +18,14 @@ _INTERVAL = 0.2  # seconds between two looks at the board
 _GRACE = 2.0  # seconds to wait for others: for them to hear, or for a failure to be posted
 
 
+class OtherRankFailed(RuntimeError):
+    """The step was ended because of another rank, which says why."""
+
+
+class RankLost(OtherRankFailed):
+    """Another rank can no longer be reached: it has ended, with or without a word."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """The first exception of a step.
@@ -70,12 +78,12 @@ class ErrorBoard:
         finally:
             ended.set()
 
-    def post(self, failure: Failure) -> None:
-        """Say that this rank failed, if none has before, and wait a moment for the others to hear of it."""
+    def post(self, failure: Failure, patient: bool = True) -> None:
+        """Say that this rank failed, if none has before; ``patient`` waits a moment for the others to hear of it."""
         with suppress(RuntimeError):  # a lost store: nobody is left to tell
             self._store.compare_set("failure", "", json.dumps(asdict(failure)))
             self._store.add("heard", 1)
-            deadline = time.monotonic() + _GRACE
+            deadline = time.monotonic() + (_GRACE if patient else 0.0)
             while self._store.add("heard", 0) < self._ranks and time.monotonic() < deadline:
                 time.sleep(_INTERVAL / 4)
 

@@ -37,49 +37,89 @@ class Attention(nn.Module):
     """Multi-head self-attention; parameters named, laid out and initialised as in ``nn.MultiheadAttention``.
 
     Args:
-        width: W, features per token; a multiple of ``heads``.
+        width: W, features per token; a multiple of ``heads``, unless ``head_width`` is given.
         heads: number of heads.
         causal: if true, a token sees itself and those before it only. The mask is no part of the state dict.
         dropout: probability of dropping an attention weight in training.
+        head_width: D, features of a head; ``width // heads`` when not given.
     """
 
-    def __init__(self, width: int, heads: int, *, causal: bool = False, dropout: float = 0.0) -> None:
+    def __init__(
+        self, width: int, heads: int, *, causal: bool = False, dropout: float = 0.0, head_width: int | None = None
+    ) -> None:
         super().__init__()
-        require_multiple("width", width, "heads", heads)
+        if head_width is None:
+            require_multiple("width", width, "heads", heads)
         self.heads = heads
+        self.head_width = width // heads if head_width is None else head_width
         self.causal = causal
         self.dropout = dropout
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        inside = self.heads * self.head_width
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * inside, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * inside))
+        self.out_proj = nn.Linear(inside, width)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix the tokens of ``x`` (B, T, W); shape stays."""
-        rows, length, width = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3 W)
-        qkv = qkv.view(rows, length, 3, self.heads, width // self.heads)  # (B, T, 3, heads, W / heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, W / heads)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=self.causal)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Mix the tokens of each row.
+
+        Args:
+            x: (B, T, W).
+            mask: (B, T) bool, true at tokens and false at padding, which no token sees; None: no padding.
+
+        Returns:
+            (B, T, W); at padding it means nothing.
+        """
+        rows, length, _ = x.shape
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3 heads D)
+        qkv = qkv.view(rows, length, 3, self.heads, self.head_width)  # (B, T, 3, heads, D)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D)
+        seen = None if mask is None else visible(mask, causal=self.causal)
+        y = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=seen,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=self.causal and seen is None,
+        )  # (B, heads, T, D)
         return cast(Tensor, self.out_proj(y.transpose(1, 2).flatten(2)))  # (B, T, W)
 
 
+def visible(mask: Tensor, *, causal: bool) -> Tensor:
+    """Which tokens a token sees, as ``scaled_dot_product_attention`` takes it.
+
+    Args:
+        mask: (B, T) bool, true at tokens and false at padding.
+        causal: if true, only a token itself and those before it.
+
+    Returns:
+        bool: (B, 1, 1, T), or (B, 1, T, T) if causal. There padding sees itself, for a softmax over nothing is NaN.
+    """
+    if not causal:
+        return mask[:, None, None]
+    place = torch.arange(mask.shape[1], device=mask.device)
+    before, itself = place[:, None] > place, place[:, None] == place  # (T, T) each
+    return (before & mask[:, None] | itself)[:, None]
+
+
 class MLP(nn.Module):
-    """The two-layer perceptron of a block, four times as wide inside.
+    """The two-layer perceptron of a block.
 
     Args:
         width: W, features per token.
         activation: ``"quick_gelu"`` or ``"gelu"``.
+        hidden: features inside; four times ``width`` when not given.
     """
 
-    def __init__(self, width: int, activation: Activation) -> None:
+    def __init__(self, width: int, activation: Activation, hidden: int | None = None) -> None:
         super().__init__()
         require_choice("activation", activation, ACTIVATIONS)
-        self.c_fc = nn.Linear(width, 4 * width)
+        hidden = 4 * width if hidden is None else hidden
+        self.c_fc = nn.Linear(width, hidden)
         self.activation = ACTIVATIONS[activation]()
-        self.c_proj = nn.Linear(4 * width, width)
+        self.c_proj = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each token of ``x`` (..., W) by itself; shape stays."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gpipe.models.attention import LayerNorm
 from gpipe.models.freezing import Freezable
+from gpipe.models.token_checks import check_text_length, check_token_ids, readable
 
 # What the text cells pass on: image features (B, E), token features (B, T, W), end (B,).
 TextBoundary = tuple[Tensor | None, Tensor, Tensor]
@@ -38,15 +39,9 @@ class TextLimits:
             ValueError: saying what was expected, what was given and what to do.
         """
         self._check_form(tokens, end)
-        if not _readable(tokens) or not _readable(end) or not tokens.numel():
+        check_token_ids("CLIP texts", tokens, self.vocabulary_size)
+        if not readable(end) or not end.numel():
             return
-        low, high = (int(bound) for bound in tokens.aminmax())
-        if low < 0 or high >= self.vocabulary_size:
-            raise ValueError(
-                f"CLIP texts: expected token ids from 0 to {self.vocabulary_size - 1} "
-                f"(vocabulary_size={self.vocabulary_size}), given ids from {low} to {high}; "
-                "use the tokenizer the model was built for, or build the model with its vocabulary_size"
-            )
         low, high = (int(bound) for bound in end.aminmax())
         if low < 0 or high >= tokens.shape[1]:
             raise ValueError(
@@ -66,16 +61,7 @@ class TextLimits:
                 f"CLIP texts: expected tokens and end indices of dtype torch.int64, given {tokens.dtype} "
                 f"and {end.dtype}; convert them with .long()"
             )
-        if tokens.shape[1] > self.context_length:
-            raise ValueError(
-                f"CLIP texts: expected at most context_length={self.context_length} tokens a text, "
-                f"given {tokens.shape[1]}; shorten the texts, or build the model with a longer context_length"
-            )
-
-
-def _readable(tensor: Tensor) -> bool:
-    """Whether looking at the values is free: a plain CPU tensor, neither fake nor another subclass."""
-    return tensor.device.type == "cpu" and type(tensor) is Tensor
+        check_text_length("CLIP texts", tokens, self.context_length)
 
 
 class TextStem(Freezable):

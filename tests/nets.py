@@ -16,6 +16,16 @@ def workers():
     return [thread for thread in threading.enumerate() if thread.name.startswith("gpipe-worker")]
 
 
+def loud(model: nn.Module) -> nn.Module:
+    """Make every parameter matter: published start values leave biases zero and gains one."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(0.3 * noise.to(parameter.dtype))
+    return model
+
+
 class Apply(nn.Module):
     """A cell that calls a function with its input and the modules given."""
 

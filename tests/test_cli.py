@@ -33,14 +33,14 @@ class Loss(ContrastiveLoss):
         return super().forward(outputs, targets)
 
 if "AT_SAVE" in os.environ:
-    replace = os.replace
+    rename = os.rename
 
     def kill(source, target):
         if target.name == os.environ["AT_SAVE"]:
             os.kill(os.getpid(), signal.SIGKILL)
-        replace(source, target)
+        rename(source, target)
 
-    os.replace = kill
+    os.rename = kill
 """
 
 
@@ -82,7 +82,7 @@ def own_run(folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("killed", "step"),
-    [({"AT_STEP": 11, "SIGNAL": int(signal.SIGKILL)}, 8), ({"AT_SAVE": "step-000000008.pt"}, 4)],
+    [({"AT_STEP": 11, "SIGNAL": int(signal.SIGKILL)}, 8), ({"AT_SAVE": "step-000000008"}, 4)],
     ids=["in a step", "while it saves"],
 )
 def test_a_killed_run_resumes_to_the_same_bits(
@@ -109,7 +109,7 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path: Path) -> None:
     assert stopped.returncode == 130
     command = f"gpipe train {file.name} --set optimizer.lr=1e-2 --resume"
     assert stopped.stderr == f"SIGINT: saved and stopped after step 6 of 12. To go on: {command}\n"
-    assert (tmp_path / "run" / "saves" / "step-000000006.pt").exists()
+    assert (tmp_path / "run" / "saves" / "step-000000006").exists()
 
 
 def test_a_mistake_is_told_without_a_traceback(tmp_path: Path) -> None:

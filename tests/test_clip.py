@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import loud
 from torch import nn
 
 from gpipe import GPipe
@@ -72,16 +73,6 @@ def batch(rows: int = 3, dtype: torch.dtype = torch.float32):
     images = torch.randn(rows, 3, 8, 8, generator=generator, dtype=dtype)
     tokens = torch.randint(20, (rows, 7), generator=generator)
     return images, tokens, torch.arange(rows) + 2
-
-
-def loud(model: nn.Module) -> nn.Module:
-    """Make every parameter matter: published start values leave biases zero and gains one."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_(0.3 * noise.to(parameter.dtype))
-    return model
 
 
 # Published counts, names and start values

@@ -81,7 +81,7 @@ def test_what_a_cell_raises_ends_the_step_on_every_rank(three, at, error, phase,
             assert (raised.type, raised.message) == (error.__name__, "boom")
             assert [n for n in raised.notes if f"raised in {where}" in n and n.endswith(f"action {action}")]
         else:
-            assert raised.type == "RuntimeError"
+            assert raised.type == "OtherRankFailed"
             assert f"rank {at} failed in step 1 with {error.__name__}: boom (raised in {where}" in raised.message
             assert f"action {action}); the step was ended on rank {rank} too" in raised.message
         assert len(said) == 3

@@ -153,7 +153,7 @@ def fail(rank, again):
 )
 def test_a_failure_in_either_pass_ends_both_ranks(two, again, action):
     first, last = two.run(fail, again)
-    assert (first.type, last.type, last.message) == ("RuntimeError", "ValueError", "boom")
+    assert (first.type, last.type, last.message) == ("OtherRankFailed", "ValueError", "boom")
     assert f"cell 1 (Fails), {action}" in last.notes[0]
     assert "boom" in first.message
     assert action in first.message

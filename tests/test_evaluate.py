@@ -1,5 +1,6 @@
 """Zero-shot classification, retrieval, the linear probe, and what evaluation makes of a model."""
 
+import gzip
 import math
 
 import pytest
@@ -307,9 +308,20 @@ def test_classification():
 def test_language_model():
     text = torch.zeros(1000, dtype=torch.uint8)
     data = TextWindows(text, text, 9, 0.1, seed=0)
-    result = evaluate(Constant(torch.zeros(256), dims=2), data, batch_size=50)["language_model"]
+    results = evaluate(Constant(torch.zeros(256), dims=2), data, batch_size=50)
+    assert list(results) == ["language_model", "unigram", "gzip"]
+    result = results["language_model"]
     assert result["nats_per_byte"] == pytest.approx(math.log(256), rel=1e-6)
     assert result["bits_per_byte"] == pytest.approx(8, rel=1e-6)
     assert result["bytes"] == 999
     with pytest.raises(ValueError, match="expected finite logits"):
         evaluate(Constant(torch.full((256,), math.inf), dims=2), data)
+
+
+def test_baselines_judge_the_bytes_that_the_model_judges():
+    train, test = torch.tensor([7, 8] * 50).to(torch.uint8), torch.tensor([9, *[7] * 90, *[9] * 8]).to(torch.uint8)
+    data = TextWindows(train, test, 9, 0.1, seed=0)  # ten windows: the first byte, and the last 8, are no targets
+    results = evaluate(Constant(torch.zeros(256), dims=2), data)
+    assert results["language_model"]["bytes"] == 90
+    assert results["unigram"]["bits_per_byte"] == pytest.approx(-math.log2(51 / 356), rel=1e-9)
+    assert results["gzip"]["bits_per_byte"] == 8 * len(gzip.compress(bytes([7] * 90), 9, mtime=0)) / 90

@@ -172,7 +172,7 @@ def train_on_rank(rank, devices, schedule):
     state = steps(pipe, pipe.train_step)
     pipe.eval()
     pipe(torch.ones(5, 16, 64))
-    routes = [end.route for end in (*pipe._wires.outgoing.values(), *pipe._wires.incoming.values())]
+    routes = [end.route for end in (*pipe._calls.wires.outgoing.values(), *pipe._calls.wires.incoming.values())]
     return state, sum(route.direct is not None for route in routes)
 
 

@@ -186,7 +186,7 @@ def straight_pipe(rank, module, balance, **options):
         stack.enter_context(mock.patch("gpipe.joining.accelerator", return_value=f"host GPU-{rank}"))
         stack.enter_context(mock.patch("gpipe.direct.dist.new_group", side_effect=gloo_instead(dist.new_group)))
         pipe = wrapped(module, balance, 4, F.mse_loss, loss_over="micro_batch", **options)
-    ends = [*pipe._wires.outgoing.values(), *pipe._wires.incoming.values()]
+    ends = [*pipe._calls.wires.outgoing.values(), *pipe._calls.wires.incoming.values()]
     assert sum(end.route.direct is not None for end in ends) == 2 * (len(balance) - 1)
     return pipe
 

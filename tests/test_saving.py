@@ -8,111 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpipe.training import saving
 from gpipe.training.errors import RunError
-from gpipe.training.saving import Save, newest_save, read_weights, replacing, write_save, write_text, write_weights
-
-
-def save_of(step: int, size: int = 8) -> Save:
-    return Save(
-        format=saving.FORMAT,
-        step=step,
-        pipe_step=step,
-        model={"weight": torch.full((size,), float(step))},
-        loss={},
-        optimizer={"state": {0: {"momentum": torch.ones(2)}}, "param_groups": [{"betas": (0.9, 0.98), "lr": 0.1}]},
-        written_with={"torch": "2"},
-    )
+from gpipe.training.saving import read_weights, replacing, write_text, write_weights
 
 
 def steps(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-def no_warning(message: str) -> None:
-    raise AssertionError(message)
-
-
-def test_the_newest_save_comes_back(tmp_path: Path) -> None:
-    for step in (5, 10, 1000):
-        write_save(tmp_path, save_of(step))
-    save = newest_save(tmp_path, no_warning)
-    assert save is not None
-    assert save["step"] == 1000
-    assert torch.equal(save["model"]["weight"], torch.full((8,), 1000.0))
-    assert save["optimizer"]["param_groups"] == [{"betas": (0.9, 0.98), "lr": 0.1}]
-
-
-def test_two_saves_are_kept(tmp_path: Path) -> None:
-    for step in (5, 10, 15, 20):
-        write_save(tmp_path, save_of(step))
-    assert steps(tmp_path) == ["step-000000015.pt", "step-000000020.pt"]
-
-
-def test_saves_of_an_abandoned_future_go(tmp_path: Path) -> None:
-    for step in (10, 15):
-        write_save(tmp_path, save_of(step))
-    write_save(tmp_path, save_of(12))
-    assert steps(tmp_path) == ["step-000000010.pt", "step-000000012.pt"]
-
-
-def test_no_save(tmp_path: Path) -> None:
-    assert newest_save(tmp_path / "saves", no_warning) is None
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    at = bytes(content).index(torch.full((8,), 10.0).numpy().tobytes())
-    content[at] ^= 1
-    path.write_bytes(content)
-
-
-def cut_off(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def other_torch_file(path: Path) -> None:
-    torch.save({"step": 10}, path)
-
-
-def of_another_version(path: Path) -> None:
-    torch.save(save_of(10) | {"format": saving.FORMAT + 1}, path)
-
-
-@pytest.mark.parametrize("damage", [flip_a_bit, cut_off, empty, other_torch_file, of_another_version])
-def test_a_damaged_save_is_passed_over(tmp_path: Path, damage: object) -> None:
-    for step in (5, 10):
-        write_save(tmp_path, save_of(step))
-    damage(tmp_path / "step-000000010.pt")  # type: ignore[operator]
-    warnings: list[str] = []
-    save = newest_save(tmp_path, warnings.append)
-    assert save is not None
-    assert save["step"] == 5
-    assert len(warnings) == 1
-    assert "step-000000010.pt is damaged" in warnings[0]
-
-
-def test_nothing_but_damaged_saves(tmp_path: Path) -> None:
-    empty(write_save(tmp_path, save_of(10)))
-    with pytest.raises(RunError, match=r"none of the saves in .* can be read"):
-        newest_save(tmp_path, lambda message: None)
-
-
-def test_a_save_cannot_run_code(tmp_path: Path) -> None:
-    """A pickle may call anything when it is read; saves are read as plain data."""
-
-    class Touch:
-        def __reduce__(self) -> object:
-            return os.mkdir, (str(tmp_path / "touched"),)
-
-    torch.save(save_of(3) | {"model": Touch()}, tmp_path / "step-000000003.pt")
-    with pytest.raises(RunError, match=r"none of the saves"):
-        newest_save(tmp_path, lambda message: None)
-    assert not (tmp_path / "touched").exists()
 
 
 @contextmanager
@@ -126,16 +27,6 @@ def room_for(size: int) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
-
-
-def test_a_full_disk_costs_no_earlier_save(tmp_path: Path) -> None:
-    write_save(tmp_path, save_of(5))
-    with room_for(100_000), pytest.raises(RunError, match=r"step-000000010.pt cannot be written: .*File too large"):
-        write_save(tmp_path, save_of(10, size=1_000_000))
-    assert steps(tmp_path) == ["step-000000005.pt"]
-    save = newest_save(tmp_path, no_warning)
-    assert save is not None
-    assert save["step"] == 5
 
 
 def test_a_full_disk_costs_no_weights(tmp_path: Path) -> None:
@@ -161,12 +52,6 @@ def test_a_writer_that_fails_leaves_what_was(tmp_path: Path, error: BaseExceptio
         fail_half_way(path, error)
     assert path.read_text() == "before"
     assert steps(tmp_path) == ["file.txt"]
-
-
-def test_what_a_killed_writer_left_is_swept_up(tmp_path: Path) -> None:
-    (tmp_path / ".step-000000004.pt.123.partial").write_bytes(b"half")
-    write_save(tmp_path, save_of(5))
-    assert steps(tmp_path) == ["step-000000005.pt"]
 
 
 def test_files_reach_the_disk_before_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,17 +8,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
-import gpipe
+from gpipe.training.checking import Loss, loss_state
 from gpipe.training.config import Configuration, Factory, PipelineConfig
 from gpipe.training.data import Data, build_data
+from gpipe.training.engine import Engine, ThreadEngine
 from gpipe.training.errors import ConfigurationError
 from gpipe.training.factory import FactoryError, checked_arguments, located, resolve
-from gpipe.training.optimizer import build_optimizer, optimizer_class
-
-Loss = Callable[[Any, Any], Tensor]
+from gpipe.training.optimizer import optimizer_class
+from gpipe.training.rank_engine import RankEngine, divide
+from gpipe.training.world import Ranks, World
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,17 @@ class Job:
 
     Attributes:
         plan: What it was built from.
-        pipe: The model in its stages.
-        loss: On the device of the last stage.
+        world: The processes that train.
+        engine: What this process does of the training.
         data: Gives batches by step.
-        optimizer: Over the parameters of both.
+        parameters: How many numbers the model has.
     """
 
     plan: Plan
-    pipe: gpipe.GPipe
-    loss: Loss
+    world: World
+    engine: Engine
     data: Data
-    optimizer: Optimizer
+    parameters: int
 
 
 def make_plan(configuration: Configuration, source: object) -> Plan:
@@ -126,38 +126,58 @@ def build_run_data(plan: Plan) -> Data:
         raise _problem(plan, f"data: {error}") from error
 
 
-def build(plan: Plan) -> Job:
-    """Build everything.
+def build(plan: Plan, world: World | None = None) -> Job:
+    """Build everything; called alike in all processes.
+
+    Args:
+        plan: From `make_plan`.
+        world: The processes that train; this one alone when not given.
 
     Raises:
-        ConfigurationError: If a factory fails, or the parts do not fit together.
+        ConfigurationError: If a factory fails, or the parts do not fit together. Silent: In another process.
     """
-    configuration = plan.configuration
-    devices = stage_devices(configuration.pipeline)
+    world = world or World()
+    start = world.agreed(lambda: _for_ranks(plan, world) if isinstance(world, Ranks) else _for_threads(plan))
+    model, loss, data = world.agreed(lambda: _parts(plan))
+    size = sum(parameter.numel() for parameter in model.parameters())
+    try:
+        engine = start(model, loss)
+    except FactoryError as error:
+        raise ConfigurationError(plan.source, error.problems) from error
+    except (ValueError, TypeError, IndexError) as error:
+        raise _problem(plan, f"pipeline: {error}") from error
+    return Job(plan, world, engine, data, size)
+
+
+_Start = Callable[[nn.Module, Loss], Engine]
+
+
+def _for_threads(plan: Plan) -> _Start:
+    devices = stage_devices(plan.configuration.pipeline)
     _check_devices(plan, devices)
+    return lambda model, loss: ThreadEngine(plan.configuration, model, loss, devices)
+
+
+def _for_ranks(plan: Plan, world: World) -> _Start:
+    try:
+        division = divide(plan.configuration.pipeline, world.size)
+    except ValueError as error:
+        raise _problem(plan, str(error)) from error
+    if (name := division.devices[world.rank]) is not None:
+        _check_devices(plan, [torch.device(name)])
+    return lambda model, loss: RankEngine(plan.configuration, model, loss, division, world)
+
+
+def _parts(plan: Plan) -> tuple[nn.Module, Loss, Data]:
     model = build_model(plan)
     loss = build_loss(plan)
     data = build_run_data(plan)
-    if (rows := configuration.training.batch_size) > data.rows:
+    if (rows := plan.configuration.training.batch_size) > data.rows:
         problem = f"training.batch_size: should be at most {data.rows}, the rows of the training data, given {rows}"
         raise _problem(plan, problem)
-    pipe = _pipe(plan, model, devices)
-    parameters = list(pipe.named_parameters())
-    if isinstance(loss, nn.Module):
-        loss.to(pipe.devices[-1])
-        parameters += [(f"loss.{name}", parameter) for name, parameter in loss.named_parameters()]
     if clash := sorted(set(model.state_dict()) & set(loss_state(loss))):
         raise _problem(plan, f"model and loss both have weights named {', '.join(clash)}; rename those of one")
-    try:
-        optimizer = build_optimizer(configuration.optimizer, parameters)
-    except FactoryError as error:
-        raise ConfigurationError(plan.source, error.problems) from error
-    return Job(plan, pipe, loss, data, optimizer)
-
-
-def loss_state(loss: Loss) -> dict[str, Any]:
-    """The weights of the loss under its own names; none for a plain function."""
-    return dict(loss.state_dict()) if isinstance(loss, nn.Module) else {}
+    return model, loss, data
 
 
 def stage_devices(config: PipelineConfig) -> list[torch.device]:
@@ -180,25 +200,6 @@ def _check_devices(plan: Plan, devices: list[torch.device]) -> None:
         except Exception as error:  # each backend raises its own
             first_line = str(error).partition("\n")[0]
             raise _problem(plan, f"pipeline.devices: '{device}' cannot be used here: {first_line}") from error
-
-
-def _pipe(plan: Plan, model: nn.Module, devices: list[torch.device]) -> gpipe.GPipe:
-    config = plan.configuration.pipeline
-    torch.set_num_threads(config.threads * config.stages)  # GPipe divides what it finds among its workers
-    try:
-        return gpipe.GPipe(
-            model,
-            config.balance,
-            devices=devices,
-            chunks=config.chunks,
-            checkpoint=config.checkpoint,
-            deferred_batch_norm=config.deferred_batch_norm,
-            seed=plan.configuration.training.seed,
-        )
-    except (ValueError, TypeError, IndexError) as error:
-        raise _problem(plan, f"pipeline: {error}") from error
-    finally:
-        torch.set_num_threads(config.threads)
 
 
 def _built(plan: Plan, section: str, call: Callable[[], Any]) -> Any:

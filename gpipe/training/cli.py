@@ -16,7 +16,7 @@ from rich.table import Table
 import gpipe
 from gpipe.training import simulating
 from gpipe.training.build import make_plan
-from gpipe.training.errors import UserError
+from gpipe.training.errors import ConfigurationError, Silent, UserError
 from gpipe.training.logs import tell
 from gpipe.training.loop import train as train_plan
 from gpipe.training.plan import plan_pipeline
@@ -24,6 +24,7 @@ from gpipe.training.plan_report import as_json, report
 from gpipe.training.reading import read_configuration
 from gpipe.training.scoring import Scores, score
 from gpipe.training.simulating import simulate_pipeline
+from gpipe.training.world import joined, started_by_torchrun
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -65,9 +66,10 @@ def train(
     ] = False,
 ) -> None:
     """Train what FILE.yaml describes and write everything to its output folder."""
-    with _told():
-        plan = make_plan(read_configuration(file, overrides or []), file)
-        train_plan(plan, Console(), resume=resume, resume_command=_resume_command(file, overrides or []))
+    with _told(), joined(Console(stderr=True)) as world:
+        plan = world.agreed(lambda: make_plan(read_configuration(file, overrides or []), file))
+        command = _resume_command(file, overrides or [])
+        train_plan(plan, Console(), world=world, resume=resume, resume_command=command)
 
 
 @app.command(name="eval")
@@ -83,7 +85,7 @@ def evaluate_run(
     ] = None,
 ) -> None:
     """Evaluate the weights of a finished run."""
-    with _told():
+    with _told(), _alone("gpipe eval"):
         console = Console()
         scores, written = score(folder, batch_size=batch_size, device=device, json_file=json_file)
         console.print(_table(scores))
@@ -108,7 +110,7 @@ def simulate_schedules(
     print_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
     """Predict a step of what FILE.yaml trains under every schedule, without training."""
-    with _told():
+    with _told(), _alone("gpipe simulate"):
         errors = Console(stderr=True)
         simulation = simulate_pipeline(
             make_plan(read_configuration(file, overrides or []), file),
@@ -146,7 +148,7 @@ def plan_devices(
     print_json: Annotated[bool, typer.Option("--json", help="Print everything that was found, as JSON.")] = False,
 ) -> None:
     """Find the best stages, chunks and checkpoint for what FILE.yaml trains."""
-    with _told():
+    with _told(), _alone("gpipe plan"):
         errors = Console(stderr=True)
         plan = make_plan(read_configuration(file, overrides or []), file)
         planning = plan_pipeline(plan, devices=devices, memory=memory, tell=lambda line: tell(errors, line))
@@ -162,6 +164,8 @@ def _told() -> Iterator[None]:
     errors = Console(stderr=True)
     try:
         yield
+    except Silent as error:
+        raise typer.Exit(error.exit_code) from None
     except UserError as error:
         tell(errors, str(error))
         raise typer.Exit(error.exit_code) from None
@@ -170,7 +174,20 @@ def _told() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+@contextmanager
+def _alone(command: str) -> Iterator[None]:
+    """Refuse to do the same on every rank."""
+    if started_by_torchrun():
+        with joined(Console(stderr=True)) as world:
+            if world.size > 1:
+                problem = f"torchrun started {world.size} processes, but this takes one: start it without torchrun"
+                raise ConfigurationError(command, [problem])
+    yield
+
+
 def _resume_command(file: Path, overrides: Sequence[str]) -> str:
+    if started_by_torchrun():
+        return "the same command with --resume"
     options = [word for override in overrides for word in ("--set", override)]
     return shlex.join(["gpipe", "train", str(file), *options, "--resume"])
 

@@ -46,7 +46,7 @@ class PipelineConfig(Section):
     """How the model is cut and run. Stages, balance, devices and checkpoint do not change the results.
 
     Attributes:
-        stages: number of stages.
+        stages: number of stages. Under torchrun the number of ranks decides.
         balance: cells per stage; by parameter count when not given.
         devices: one device for all stages or a list of one per stage. When not given: the accelerators of the machine,
             each with an equal share of the stages; the CPU where there are none.

@@ -9,10 +9,17 @@ from pydantic import Field
 from gpipe.training.data_captions import CaptionsConfig, captions_csv
 from gpipe.training.data_digits import ColouredDigitsConfig, DigitsConfig, coloured_digits, digits
 from gpipe.training.data_folders import Cifar10Config, ImageFolderConfig, cifar10, image_folder
+from gpipe.training.data_source import PythonSourceConfig, python_source
 from gpipe.training.data_text import TextConfig, text
 
 DataConfig = Annotated[
-    DigitsConfig | ColouredDigitsConfig | ImageFolderConfig | Cifar10Config | CaptionsConfig | TextConfig,
+    DigitsConfig
+    | ColouredDigitsConfig
+    | ImageFolderConfig
+    | Cifar10Config
+    | CaptionsConfig
+    | TextConfig
+    | PythonSourceConfig,
     Field(discriminator="name"),
 ]
 
@@ -61,3 +68,5 @@ def build_data(config: DataConfig, *, seed: int) -> Data:
             return captions_csv(config, seed=seed)
         case TextConfig():
             return text(config, seed=seed)
+        case PythonSourceConfig():
+            return python_source(config, seed=seed)

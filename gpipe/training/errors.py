@@ -11,7 +11,8 @@ class UserError(Exception):
     UserError
      ├── ConfigurationError   2: found before any work
      ├── RunError             1: found on the way
-     └── Interrupted          130, 143: asked for by a signal
+     ├── Interrupted          130, 143: asked for by a signal
+     └── Silent               another process, or this one, has said all there is to say
     """
 
     exit_code = 1
@@ -47,3 +48,11 @@ class Interrupted(UserError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+class Silent(UserError):
+    """The command ends, and nothing is left to be said about it in this process."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("see what another process said")
+        self.exit_code = exit_code

@@ -19,6 +19,7 @@ from gpipe.training.data_tokens import Tokenizer
 from gpipe.training.features import encode_images, encode_texts, evaluating
 from gpipe.training.linear_probe import Labelled, linear_probe
 from gpipe.training.retrieval import retrieval
+from gpipe.training.text_baselines import gzip_bits, unigram_bits
 from gpipe.training.zero_shot import accuracy, class_features, classify
 
 PIXELS = 1_000_000  # numbers in the training images up to which raw pixels are probed for comparison
@@ -38,7 +39,8 @@ def evaluate(model: nn.Module, data: Data, *, batch_size: int = 256) -> Results:
       image features, and for small images ``raw_pixels``, the same probe on the pixels, to compare with;
     - images with captions: retrieval in both directions;
     - labelled images, classification: ``classification`` accuracy, and ``raw_pixels`` as above;
-    - text: ``language_model``, the mean loss per byte in nats and in bits.
+    - text: ``language_model``, the mean loss per byte in nats and in bits; to compare with, on the same bytes,
+      ``unigram``, the frequencies of bytes in the training part, and ``gzip``.
 
     Args:
         model: The model itself, not a pipe around it. Contrastive data ask for ``encode_image`` and ``encode_text``;
@@ -145,7 +147,12 @@ def _text(model: nn.Module, data: TextWindows, batch_size: int) -> Results:
             loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
             total, values = total + loss.item(), values + targets.numel()
     nats = total / values
-    return {"language_model": {"nats_per_byte": nats, "bits_per_byte": nats / math.log(2), "bytes": float(values)}}
+    judged = data.test[1 : values + 1]  # the windows' targets, end to end
+    return {
+        "language_model": {"nats_per_byte": nats, "bits_per_byte": nats / math.log(2), "bytes": float(values)},
+        "unigram": {"bits_per_byte": unigram_bits(data.train, judged)},
+        "gzip": {"bits_per_byte": gzip_bits(judged)},
+    }
 
 
 def _check_logits(logits: Tensor, shape: tuple[int, ...]) -> None:

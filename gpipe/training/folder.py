@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ FREE_KEYS = frozenset(
     {"output", "training.save_every"} | {f"pipeline.{key}" for key in ("stages", "balance", "devices", "checkpoint")}
 )
 FREE_SECTIONS = ("logging.",)
+
+_JOB = "# Trained by the torchrun job "
 
 
 class RunFolder:
@@ -40,14 +43,22 @@ class RunFolder:
         self.timeline = path / "timeline.json"
         self._claimed = False
 
-    def check(self, configuration: Configuration, source: object, resume: bool) -> Configuration | None:
+    def check(
+        self, configuration: Configuration, source: object, resume: bool, restarted: str | None = None
+    ) -> Configuration | None:
         """Make sure that a run may write here; returns the configuration of the run to resume, if there is one.
+
+        Args:
+            configuration: Of the run that would write.
+            source: Where that is from, for messages.
+            resume: Whether the user asked to go on with the run that is here.
+            restarted: The job that started this process again: it goes on with a run of its own unasked.
 
         Raises:
             ConfigurationError: If something else is here, or a run that this configuration cannot continue.
         """
         try:
-            used = self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+            used = self.path.exists() and (not self.path.is_dir() or any(map(_counts, self.path.iterdir())))
         except OSError as error:
             raise ConfigurationError(source, [f"output: {self.path} cannot be read: {error}"]) from error
         if not used:
@@ -57,7 +68,7 @@ class RunFolder:
             raise ConfigurationError(
                 source, [f"output: {self.path} is in use, but not by gpipe; choose another: --set output=FOLDER"]
             )
-        if not resume:
+        if not resume and (restarted is None or self._job() != restarted):
             remedy = "continue it with --resume, or choose another folder: --set output=FOLDER"
             raise ConfigurationError(source, [f"output: {self.path} holds a run already; {remedy}"])
         before = read_configuration(self.configuration)
@@ -75,12 +86,32 @@ class RunFolder:
         except OSError as error:
             raise ConfigurationError(source, [f"output: {self.path} cannot be created: {error}"]) from error
 
-    def claim(self, configuration: Configuration, source: object) -> None:
-        """Copy the configuration in, once: from here on the folder belongs to the run."""
+    def claim(self, configuration: Configuration, source: object, job: str | None = None) -> None:
+        """Copy the configuration in, once: from here on the folder belongs to the run.
+
+        Args:
+            configuration: Of the run.
+            source: Where it is from.
+            job: The job that trains, if it may be started again.
+        """
         if self._claimed:
             return
         self._claimed = True
-        write_text(self.configuration, f"# What {source} and --set said, with every default.\n{dump(configuration)}")
+        head = f"# What {source} and --set said, with every default.\n"
+        if job is not None:
+            head += f"{_JOB}{job}\n"
+        write_text(self.configuration, f"{head}{dump(configuration)}")
+
+    def _job(self) -> str | None:
+        """The job that claimed the folder last, if it may be started again."""
+        with self.configuration.open(encoding="utf-8") as file:
+            head = [line.rstrip("\n") for line in islice(file, 2)]
+        return head[-1].removeprefix(_JOB) if head and head[-1].startswith(_JOB) else None
+
+
+def _counts(path: Path) -> bool:
+    """Whether a file in the folder is somebody's: not one that a killed process left half written."""
+    return not (path.name.startswith(".") and path.name.endswith(".partial"))
 
 
 def _differences(before: Configuration, now: Configuration) -> Iterator[str]:

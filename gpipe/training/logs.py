@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
@@ -34,10 +31,22 @@ class Logs:
         start: Steps done before; what TensorBoard has of later ones is from a run that was cut off, and is hidden.
         every: Steps between two points or lines.
         batch_size: Rows of a step.
+        shown: Whether this process shows anything: where there are several, one does.
     """
 
-    def __init__(self, folder: Path, console: Console, *, steps: int, start: int, every: int, batch_size: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        console: Console,
+        *,
+        steps: int,
+        start: int,
+        every: int,
+        batch_size: int,
+        shown: bool = True,
+    ) -> None:
         self._console = console
+        self._shown = shown
         self._steps, self._every, self._batch_size = steps, every, batch_size
         self._folder = folder
         self._writer: SummaryWriter | None = None
@@ -52,7 +61,7 @@ class Logs:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=not (shown and console.is_terminal),
         )
         self._task = self._progress.add_task("", total=steps, completed=start, loss="", speed="")
 
@@ -75,25 +84,32 @@ class Logs:
             if self._writer is not None:
                 self._writer.flush()
 
-    def after(self, step: int, result: StepResult, busy: Sequence[float], devices: Iterable[torch.device]) -> None:
-        """Tell of a step.
+    def due(self, step: int) -> bool:
+        """Whether a point or line is due after so many steps."""
+        return step % self._every == 0 or step == self._steps
+
+    def step(self, step: int, loss: float) -> None:
+        """Move the bar on, after so many steps."""
+        self._progress.update(self._task, completed=step, loss=f"loss {loss:.4f}")
+
+    def point(self, step: int, result: StepResult, busy: Sequence[float], peaks: Mapping[str, int]) -> None:
+        """Tell of a step that is due.
 
         Args:
             step: Steps done, this one included.
             result: What it gave.
             busy: Each stage's share of the time it spent computing.
-            devices: Of the stages.
+            peaks: The most bytes held so far, by where.
         """
-        due = step % self._every == 0 or step == self._steps
-        if due:
-            now = time.monotonic()
-            speed = (step - self._last_step) * self._batch_size / max(now - self._last_time, 1e-9)
-            self._last_time, self._last_step = now, step
-            self._write(step, result, speed, busy, devices)
-            self._progress.update(self._task, speed=f"{speed:.0f} samples/s")
-            if not self._console.is_terminal:
-                tell(self._console, self._line(step, result, speed))
-        self._progress.update(self._task, completed=step, loss=f"loss {result.loss:.4f}")
+        now = time.monotonic()
+        speed = (step - self._last_step) * self._batch_size / max(now - self._last_time, 1e-9)
+        self._last_time, self._last_step = now, step
+        if not self._shown:
+            return
+        self._write(step, result, speed, busy, peaks)
+        self._progress.update(self._task, speed=f"{speed:.0f} samples/s")
+        if not self._console.is_terminal:
+            tell(self._console, self._line(step, result, speed))
 
     def timeline(self, step: int, timeline: Timeline) -> None:
         """Keep who was busy when in a step: as a picture in TensorBoard, and as a trace in the folder.
@@ -102,16 +118,18 @@ class Logs:
             step: Steps done, this one included.
             timeline: Of this step.
         """
+        if not self._shown:
+            return
         with self._writing():
             timeline.to_chrome_trace(self._folder / "timeline.json")
             self._to_tensorboard().add_figure("timeline", timeline.figure(title=f"step {step}"), step)
 
     def _write(
-        self, step: int, result: StepResult, speed: float, busy: Sequence[float], devices: Iterable[torch.device]
+        self, step: int, result: StepResult, speed: float, busy: Sequence[float], peaks: Mapping[str, int]
     ) -> None:
         scalars = {"loss": result.loss, "learning_rate": result.learning_rate, "samples_per_second": speed}
         scalars |= {f"busy/stage_{stage}": share for stage, share in enumerate(busy)}
-        scalars |= {f"peak_memory_mebibytes/{place}": size / _MEBIBYTE for place, size in peak_memory(devices).items()}
+        scalars |= {f"peak_memory_mebibytes/{place}": size / _MEBIBYTE for place, size in peaks.items()}
         with self._writing():
             for name, value in scalars.items():
                 self._to_tensorboard().add_scalar(name, value, step)
@@ -141,13 +159,3 @@ class Logs:
 def tell(console: Console, message: str) -> None:
     """Print a line as it is: no markup, no colours for numbers, no line breaks of our own."""
     console.print(message, markup=False, highlight=False, soft_wrap=True)
-
-
-def peak_memory(devices: Iterable[torch.device]) -> dict[str, int]:
-    """The most bytes held so far: by the process, and on each accelerator among ``devices``."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peaks = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    for device in devices:
-        if device.type != "cpu":
-            peaks[str(device).replace(":", "_")] = torch.accelerator.max_memory_allocated(device)
-    return peaks

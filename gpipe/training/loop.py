@@ -11,24 +11,32 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gpipe.training.build import Job, Plan, build, loss_state
+from gpipe.training.build import Job, Plan, build
+from gpipe.training.checking import NonFiniteError
 from gpipe.training.config import Configuration, DecaySchedule
 from gpipe.training.errors import Interrupted, RunError
 from gpipe.training.folder import RunFolder
 from gpipe.training.logs import Logs, tell
-from gpipe.training.saving import newest_save, write_save, write_weights
+from gpipe.training.saving import write_weights
 from gpipe.training.signals import StopRequest
-from gpipe.training.trainer import NonFiniteError, StepResult, Trainer, written_with
+from gpipe.training.trainer import StepResult, Trainer, written_with
+from gpipe.training.world import World
 
 
 def train(
-    plan: Plan, console: Console, *, resume: bool = False, resume_command: str = "the same command with --resume"
+    plan: Plan,
+    console: Console,
+    *,
+    world: World | None = None,
+    resume: bool = False,
+    resume_command: str = "the same command with --resume",
 ) -> Path:
-    """Train what a plan describes; return the file of the weights.
+    """Train what a plan describes; return the file of the weights. Called alike in all processes.
 
     Args:
         plan: From `make_plan`.
-        console: Where progress goes.
+        console: Where progress goes, in the process that leads.
+        world: The processes that train; this one alone when not given.
         resume: Go on with the run in the output folder, if there is one.
         resume_command: What to type to go on with this run, for messages.
 
@@ -36,33 +44,39 @@ def train(
         ConfigurationError: If the parts do not fit together, or the output folder is another run's.
         RunError: If the run cannot go on; the newest save is good.
         Interrupted: If a signal asked to stop, after a save.
+        Silent, OtherRankFailed: If another process failed.
     """
+    world = world or World()
     folder = RunFolder(plan.configuration.output)
-    before = folder.check(plan.configuration, plan.source, resume)
-    job = build(plan)
-    say = partial(tell, console)
+    restarted = world.job if world.restarted else None
+    before = world.led(lambda: folder.check(plan.configuration, plan.source, resume, restarted))
+    job = build(plan, world)
+    say = partial(tell, console) if world.leads else _say_nothing
     say(_described(job))
-    trainer = Trainer(job)
-    if resume:
+    trainer = Trainer(job, folder.saves)
+    if resume or before is not None:
         _resume(job, trainer, folder, before, say)
     began, start = time.monotonic(), trainer.step
     try:
         result = _run(job, trainer, folder, console, resume_command)
     except NonFiniteError as error:
         raise _advised(error, folder) from error
-    write_weights(folder.weights, {**job.pipe.state_dict(), **loss_state(job.loss)})
+    weights = world.whole(job.engine.weights())
+    world.led(lambda: write_weights(folder.weights, weights))
     _report(say, folder, trainer.step - start, time.monotonic() - began, result)
     return folder.weights
 
 
+def _say_nothing(line: str) -> None:
+    pass
+
+
 def _described(job: Job) -> str:
-    pipe, configuration = job.pipe, job.plan.configuration
-    size = sum(parameter.numel() for parameter in pipe.parameters())
-    stages = ", ".join(f"{cells} on {device}" for cells, device in zip(pipe.balance, pipe.devices, strict=True))
+    configuration = job.plan.configuration
     training = configuration.training
     return (
-        f"{configuration.model.factory}: {size:,} parameters; cells per stage: {stages}; "
-        f"{training.steps} steps of {training.batch_size} rows in {pipe.chunks} micro-batches"
+        f"{configuration.model.factory}: {job.parameters:,} parameters; cells per stage: {job.engine.described()}; "
+        f"{training.steps} steps of {training.batch_size} rows in {configuration.pipeline.chunks} micro-batches"
     )
 
 
@@ -70,15 +84,14 @@ def _resume(
     job: Job, trainer: Trainer, folder: RunFolder, before: Configuration | None, say: Callable[[str], None]
 ) -> None:
     """Bring the trainer to where the run in the output folder was, and say what is not as it was."""
-    save = newest_save(folder.saves, warn=lambda message: say(f"warning: {message}"))
-    if save is None or before is None:
+    then = trainer.load(warn=lambda message: say(f"warning: {message}"))
+    if then is None or before is None:
         say(f"{folder.path} holds no save to resume: starting at step 0")
         return
-    trainer.load(save)
     say(f"resuming {folder.path} at step {trainer.step}")
     for thing, now in written_with(job).items():
-        if (then := save["written_with"].get(thing)) != now:
-            say(f"warning: {thing} is {now} now and was {then}: the last bits of the results may differ")
+        if then.get(thing) != now:
+            say(f"warning: {thing} is {now} now and was {then.get(thing)}: the last bits of the results may differ")
     training = job.plan.configuration.training
     decays_to_the_end = isinstance(training.schedule, DecaySchedule) and training.schedule.decay_steps is None
     if decays_to_the_end and training.steps != before.training.steps:
@@ -90,7 +103,7 @@ def _resume(
 
 def _run(job: Job, trainer: Trainer, folder: RunFolder, console: Console, resume_command: str) -> StepResult | None:
     """All steps that are left; returns what the last one gave."""
-    configuration = job.plan.configuration
+    configuration, engine, world = job.plan.configuration, job.engine, job.world
     training = configuration.training
     result, stopped_by = None, None
     logs = Logs(
@@ -100,17 +113,22 @@ def _run(job: Job, trainer: Trainer, folder: RunFolder, console: Console, resume
         start=trainer.step,
         every=configuration.logging.every,
         batch_size=training.batch_size,
+        shown=world.leads,
     )
     with StopRequest() as stop, logs:
         while trainer.step < training.steps and stopped_by is None:
             result = trainer.train_step()
-            folder.claim(configuration, job.plan.source)  # after a step: what fails at the first leaves no run behind
-            logs.after(trainer.step, result, job.pipe.timeline.busy, job.pipe.devices)
-            stopped_by = stop.received  # looked at once, for it may change at any moment
-            if trainer.step == training.steps:
-                logs.timeline(trainer.step, job.pipe.timeline)
+            if world.leads:  # after a step: what fails at the first leaves no run behind
+                folder.claim(configuration, job.plan.source, world.job)
+            logs.step(trainer.step, result.loss)
+            if logs.due(trainer.step):
+                timeline = engine.timeline()
+                logs.point(trainer.step, result, timeline.busy, engine.peak_bytes())
+                if trainer.step == training.steps:
+                    logs.timeline(trainer.step, timeline)
+            stopped_by = world.stop(stop.received)
             if stopped_by or trainer.step % training.save_every == 0 or trainer.step == training.steps:
-                write_save(folder.saves, trainer.save())
+                trainer.save()
                 logs.flush()
     if stopped_by is not None and trainer.step < training.steps:
         done = f"{stopped_by.name}: saved and stopped after step {trainer.step} of {training.steps}"
@@ -119,7 +137,7 @@ def _run(job: Job, trainer: Trainer, folder: RunFolder, console: Console, resume
 
 
 def _advised(error: NonFiniteError, folder: RunFolder) -> RunError:
-    newest = max(folder.saves.glob("step-*.pt"), default=None)
+    newest = max(folder.saves.glob("step-*"), default=None)
     kept = f"the newest save, {newest}, is from before" if newest else "there is no save yet"
     return RunError(
         f"{error}; {kept}. Resuming would end the same way. Start a new run with a lower optimizer.lr, a longer "

@@ -92,6 +92,13 @@ def learning_rate_factor(schedule: Schedule, step: int, steps: int) -> float:
     return schedule.final_share + (1 - schedule.final_share) * height
 
 
+def full_rate(config: OptimizerConfig) -> float:
+    """The learning rate at factor 1: as configured, or the optimizer's own default."""
+    kind, arguments = optimizer_class(config)
+    rate: float = kind([Parameter(torch.zeros(2, 2))], **arguments).defaults["lr"]
+    return rate
+
+
 def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
     """Give every group ``factor`` times the rate the optimizer was built with; returns it."""
     rate: float = optimizer.defaults["lr"] * factor

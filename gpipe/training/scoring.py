@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gpipe.training.build import build_loss, build_model, build_run_data, loss_state, make_plan
+from gpipe.training.build import build_loss, build_model, build_run_data, make_plan
+from gpipe.training.checking import loss_state
 from gpipe.training.errors import ConfigurationError, RunError
 from gpipe.training.evaluate import evaluate
 from gpipe.training.folder import RunFolder
