@@ -56,11 +56,11 @@ def load_weights(
     weights = read_weights(path)
     if loss is None:
         weights = {name: weight for name, weight in weights.items() if name not in _OF_THE_LOSS}
-    losses = {} if loss is None else loss.state_dict()
-    _check(path, weights, model.state_dict() | losses)
-    model.load_state_dict({name: weight for name, weight in weights.items() if name not in losses})
-    if loss is not None:
-        loss.load_state_dict({name: weights[name] for name in losses})
+    own = model.state_dict() | ({} if loss is None else loss.state_dict())
+    _check(path, weights, own)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
 
 
 def read_weights(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
