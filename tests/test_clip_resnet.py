@@ -194,6 +194,17 @@ def test_a_published_start_lets_nothing_through_the_branches():
     assert torch.equal(block(x), x)
 
 
+def test_bfloat16_is_near_float32():
+    images, tokens, end = batch()
+    expected = tiny()((images, tokens, end))
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = tiny()((images, tokens, end))
+    for features in (autocast, tiny().bfloat16()((images, tokens, end))):
+        for one, other in zip(features, expected, strict=True):
+            assert one.dtype == torch.bfloat16
+            assert F.cosine_similarity(one.float(), other).min() > 0.98
+
+
 # Cells
 
 
