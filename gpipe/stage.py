@@ -317,7 +317,7 @@ class Flight:
                     value = self.head(m, value)
         self.cell = None
         self._observed = True
-        return [value, *carrier.leaving()]
+        return [value, *carrier.bundles()]
 
     def _generators(self, m: int, cell: int) -> Brought:
         """Where the states of the generators a cell brings are kept for its repetition."""
