@@ -16,7 +16,9 @@ Facts = Mapping[str, str]
 _NAMED = 3  # facts in a message
 
 
-def agree(store: Store, rank: int, ranks: int, settle: Callable[[], Facts]) -> Facts:
+def agree(
+    store: Store, rank: int, ranks: int, settle: Callable[[], Facts], failed: str = "refused its arguments"
+) -> Facts:
     """Settle the facts on every rank; gives those of rank 0, once all ranks have the same.
 
     A fact whose name begins with "_" may differ.
@@ -26,6 +28,7 @@ def agree(store: Store, rank: int, ranks: int, settle: Callable[[], Facts]) -> F
         rank: This rank.
         ranks: How many there are.
         settle: Gives the facts, by name; may raise.
+        failed: What a rank did then, for messages.
 
     Raises:
         Exception: What ``settle`` raised here.
@@ -41,7 +44,7 @@ def agree(store: Store, rank: int, ranks: int, settle: Callable[[], Facts]) -> F
     store.set(f"facts {rank}", json.dumps(entry))
     if rank == 0:
         entries = [json.loads(_awaited(store, f"facts {r}")) for r in range(ranks)]
-        store.set("verdict", json.dumps([_problem(entries), entries[0].get("facts", {})]))
+        store.set("verdict", json.dumps([_problem(entries, failed), entries[0].get("facts", {})]))
     problem, facts = json.loads(_awaited(store, "verdict"))
     store.add("read", 1)
     while rank == 0 and problem and store.add("read", 0) < ranks:
@@ -78,13 +81,13 @@ def _awaited(store: Store, key: str) -> bytes:
     return value
 
 
-def _problem(entries: list[dict[str, object]]) -> str:
+def _problem(entries: list[dict[str, object]], failed: str) -> str:
     """What speaks against these entries of the ranks, or nothing."""
     refused = {rank: entry["refused"] for rank, entry in enumerate(entries) if "refused" in entry}
     if refused:
         rank, reason = next(iter(refused.items()))
         others = f" (so did {len(refused) - 1} others)" if len(refused) > 1 else ""
-        return f"rank {rank} refused its arguments{others}: {reason}"
+        return f"rank {rank} {failed}{others}: {reason}"
     facts: list[dict[str, str]] = [entry["facts"] for entry in entries]  # type: ignore[misc]
     names = [n for n in facts[0] if not n.startswith("_") and len({f.get(n) for f in facts}) > 1]
     if not names:

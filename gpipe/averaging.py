@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gpipe.memory import window
 from gpipe.mesh import Position
 from gpipe.routes import ConnectionLost
 
@@ -101,10 +102,24 @@ class Averaging:
 
 
 def equalise(tensors: Sequence[Tensor], position: Position) -> None:
-    """Give every replica the first one's values."""
-    with _connected():
-        for tensor in tensors:
-            dist.broadcast(tensor.detach(), src=position.grid[0][position.worker], group=position.group)
+    """Give every replica the first one's values, whatever their type and layout."""
+    for tensor in tensors:
+        place = _without_overlap(tensor.detach())
+        own = place.resolve_conj().resolve_neg().contiguous()  # gloo takes any tensor for plain, dense memory
+        memory = own.reshape(-1).view(torch.uint8)
+        received = memory.clone()
+        with _connected():
+            dist.broadcast(received, src=position.grid[0][position.worker], group=position.group)
+        if not torch.equal(received, memory):
+            place.copy_(received.view(own.dtype).view(own.shape))
+
+
+def _without_overlap(tensor: Tensor) -> Tensor:
+    """``tensor``, or, if it is an expanded one, the memory that it shows several times."""
+    if torch._debug_has_internal_overlap(tensor) != 1:
+        return tensor
+    _, size = window([tensor])
+    return tensor.as_strided((size,), (1,), tensor.storage_offset())
 
 
 @contextmanager

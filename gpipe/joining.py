@@ -98,10 +98,13 @@ def join(module: nn.Module | Factory, settings: Settings, number: int) -> Joined
     rank, ranks = dist.get_rank(), dist.get_world_size()
     world = dist.group.WORLD
     assert world is not None
-    store = dist.PrefixStore(f"gpipe {number}", world.get_group_store())  # type: ignore[attr-defined]
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store may outlive processes that failed
+    store = dist.PrefixStore(f"gpipe {attempt} {number}", world.get_group_store())  # type: ignore[attr-defined]
     joining = _Joining(module, settings)
-    facts = agree(store, rank, ranks, joining.settle)
-    return joining.join(int(facts["_seed"]), store)
+    seed = int(agree(store, rank, ranks, joining.settle)["_seed"])
+    slices = dist.PrefixStore("slice", store)  # type: ignore[attr-defined]
+    agree(slices, rank, ranks, lambda: joining.take(seed), "failed to take its stages")
+    return joining.join(seed, store)
 
 
 class _Joining:
@@ -152,15 +155,15 @@ class _Joining:
             **{f"cell {i}": _described(cell) for i, cell in enumerate(self._cells)},
         }
 
-    def join(self, seed: int, store: Store) -> Joined:
-        """Take the own slice, make the routes to the other ranks, and have common values where that is due."""
-        names = frozenset(self._module.state_dict())
-        first_names = list(self._module.named_parameters())
+    def take(self, seed: int) -> Facts:
+        """Take the own slice: make the stages, where their memory or initial values may be what is lacking."""
+        self._names = frozenset(self._module.state_dict())
+        self._first_names = list(self._module.named_parameters())
         me = self._position.worker
         mine = [k for k, host in enumerate(self._hosts) if host == me]
-        own = [i for k in mine for i in range(self._ends[k], self._ends[k + 1])]
-        tied, every = self._own_ties(mine)
-        shared = [s for s in every if me in s.workers]
+        self._own = [i for k in mine for i in range(self._ends[k], self._ends[k + 1])]
+        tied, self._shared = self._own_ties(mine)
+        shared = [s for s in self._shared if me in s.workers]
         if self._built is not None:
             for s in shared:
                 if s.owner != me:
@@ -170,25 +173,30 @@ class _Joining:
                 materialise(self._built, self._groups[k], self._ends[k], seed, self._device)
             for _, cell in self._groups[k]:
                 cell.to(self._device)
-        keep_slice(self._module, self._cells, own)
+        keep_slice(self._module, self._cells, self._own)
         if isinstance(self._settings.loss_fn, nn.Module) and self._hosts[-1] == me:
             self._settings.loss_fn.to(self._device)
         alone = len(mine) == 1
         stages = {k: Stage(k, self._groups[k], self._ends[k], self._device, alone, self._ways[k]) for k in mine}
+        self._share = Share(self._position, self._hosts, stages, self._device, tied, shared)
+        return {}
+
+    def join(self, seed: int, store: Store) -> Joined:
+        """Make the routes to the other ranks, and have common values where that is due."""
         kept = set(self._module.parameters())
-        plan = Plan(self._position, self._hosts, self._ways, ways(every), self._device)
+        plan = Plan(self._position, self._hosts, self._ways, ways(self._shared), self._device)
         ranks = dist.get_world_size()
         accelerators = told(store, self._position.rank, ranks, "accelerator", accelerator(self._device))
         joined = Joined(
             module=self._module,
-            cells=[self._cells[i] for i in own],
-            names=names,
-            order=[name for name, _ in first_names],
-            first_names={p: name for name, p in first_names if p in kept},
+            cells=[self._cells[i] for i in self._own],
+            names=self._names,
+            order=[name for name, _ in self._first_names],
+            first_names={p: name for name, p in self._first_names if p in kept},
             balance=self._balance,
             checkpoint=self._checkpoint,
             seed=seed,
-            share=Share(self._position, self._hosts, stages, self._device, tied, shared),
+            share=self._share,
             wires=Wires(self._position.rank, connected(plan, accelerators)),
             board=ErrorBoard(store, ranks),
         )

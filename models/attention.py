@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpipe.models.freezing import Freezable
 from gpipe.models.settings import require_choice, require_counts, require_multiple, require_probability
 
 Activation = Literal["quick_gelu", "gelu"]
@@ -152,7 +153,7 @@ class Block(nn.Module):
         return x + cast(Tensor, self.dropout(self.mlp(self.ln_2(x))))
 
 
-class Transformer(nn.Module):
+class Transformer(Freezable):
     """A stack of blocks, which a tower runs one cell at a time; it has no forward of its own.
 
     Args:

@@ -5,14 +5,22 @@ The state dict has the published names. ``logit_scale`` belongs to
 ``model.state_dict() | loss.state_dict()`` is the published whole.
 """
 
-from typing import cast
+from collections.abc import Iterable
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from gpipe.models.attention import Activation, LayerNorm, Transformer, check_tower
+from gpipe.models.clip_images import ImageTower
+from gpipe.models.clip_resnet import ModifiedResNet
 from gpipe.models.clip_text import TextBlock, TextHead, TextLimits, TextStem
+from gpipe.models.clip_variants import VARIANTS, Name
 from gpipe.models.clip_vision import VisionTransformer
+from gpipe.models.freezing import Freezable
+from gpipe.models.settings import require_choice
+
+Tower = Literal["image", "text"]
 
 
 class CLIP(nn.Module):
@@ -28,13 +36,16 @@ class CLIP(nn.Module):
         vocabulary_size: number of token ids.
         dropout: probability of dropping in the text tower; see :class:`gpipe.models.attention.Block`.
 
+    Attributes:
+        activation: as given. No state dict says it, so those who load weights compare it with that of the weights.
+
     Raises:
         ValueError: if a setting is out of range or two do not fit together.
     """
 
     def __init__(
         self,
-        visual: VisionTransformer,
+        visual: ImageTower,
         *,
         text_width: int,
         text_layers: int,
@@ -55,6 +66,7 @@ class CLIP(nn.Module):
             vocabulary_size=vocabulary_size,
         )
         self.limits = TextLimits(context_length, vocabulary_size)
+        self.activation = activation
         self.visual = visual
         self.transformer = Transformer(text_width, text_layers, text_heads, activation, causal=True, dropout=dropout)
         self.token_embedding = nn.Embedding(vocabulary_size, text_width)
@@ -85,18 +97,44 @@ class CLIP(nn.Module):
         return [*self._image_cells(), *self._text_cells()]
 
     def _image_cells(self) -> list[nn.Module]:
-        return self._in_mode(self.visual.cells(self.limits))
+        return self._in_mode(self.visual.cells(self.limits), self.visual.frozen)
 
     def _text_cells(self) -> list[nn.Module]:
         stem = TextStem(self.token_embedding, self.positional_embedding, self.limits)
         blocks = [TextBlock(block) for block in self.transformer.blocks()]
-        return self._in_mode([stem, *blocks, TextHead(self.ln_final, self.text_projection)])
+        cells = [stem, *blocks, TextHead(self.ln_final, self.text_projection)]
+        return self._in_mode(cells, self.transformer.frozen)
 
-    def _in_mode(self, cells: list[nn.Module]) -> list[nn.Module]:
+    def _in_mode(self, cells: Iterable[nn.Module], frozen: bool) -> list[nn.Module]:
         # Not cell.train(): it would reach the model's own modules, some of which may be kept in eval mode.
-        for cell in cells:
-            cell.training = self.training
-        return cells
+        found = [cast(Freezable, cell) for cell in cells]
+        for cell in found:
+            cell.frozen = frozen
+            cell.training = self.training and not frozen
+        return [*found]
+
+    def freeze(self, tower: Tower) -> None:
+        """Leave a tower as it is from now on, as in locked-image tuning (arXiv 2111.07991).
+
+        Its parameters ask for no gradient, so no optimizer of ``gpipe train`` has state for them, and it stays in eval
+        mode whatever ``train()`` says: batch norm keeps its statistics. To be called before the model is wrapped in a
+        pipe, whose cells are made then.
+
+        Args:
+            tower: ``"image"`` or ``"text"``.
+
+        Raises:
+            ValueError: if there is no such tower.
+        """
+        require_choice("freeze", tower, ("image", "text"))
+        if tower == "image":
+            self.visual.freeze()
+            return
+        self.transformer.freeze()
+        for parameter in (self.positional_embedding, self.text_projection):
+            parameter.requires_grad_(False)
+        for module in (self.token_embedding, self.ln_final):
+            module.requires_grad_(False)
 
     def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Features of pairs of images and texts, not normalised.
@@ -155,66 +193,110 @@ class CLIP(nn.Module):
 
 
 def clip(
+    name: Name | None = None,
     *,
-    image_size: int,
-    patch_size: int,
-    vision_width: int,
-    vision_layers: int,
-    vision_heads: int,
-    text_width: int,
-    text_layers: int,
-    text_heads: int,
-    embed_dim: int,
-    activation: Activation,
+    image_size: int | None = None,
+    patch_size: int | None = None,
+    vision_width: int | None = None,
+    vision_layers: int | tuple[int, int, int, int] | None = None,
+    vision_heads: int | None = None,
+    text_width: int | None = None,
+    text_layers: int | None = None,
+    text_heads: int | None = None,
+    embed_dim: int | None = None,
+    activation: Activation | None = None,
     context_length: int = 77,
     vocabulary_size: int = 49408,
     in_channels: int = 3,
     dropout: float = 0.0,
+    freeze: Tower | None = None,
+    weights: str | None = None,
 ) -> CLIP:
-    """A CLIP of any size with a Vision Transformer, initialised as published.
+    """A published CLIP by its name, or one of any size; initialised as published, or with the weights of a file.
 
-    ViT-B/32, for one, is ``clip(image_size=224, patch_size=32, vision_width=768, vision_layers=12,
-    vision_heads=12, text_width=512, text_layers=12, text_heads=8, embed_dim=512, activation="quick_gelu")``.
+    ``clip("RN50")`` or ``clip("ViT-B/32")`` are two of the nine published ones. A size given beside the name takes the
+    place of the published one; without a name all sizes have to be given.
 
     Args:
-        image_size: side S of the square images in pixels; a multiple of ``patch_size``.
-        patch_size: side of a square patch in pixels.
-        vision_width: features per patch; a multiple of ``vision_heads``.
-        vision_layers: number of blocks of the image tower.
-        vision_heads: attention heads of an image block.
+        name: as OpenAI calls it.
+        image_size: side S of the square images in pixels; a multiple of ``patch_size``, or of 32 for a ResNet.
+        patch_size: side of a square patch in pixels; not for a ResNet, which has none.
+        vision_width: features per patch, a multiple of ``vision_heads``; or channels of a ResNet's stem.
+        vision_layers: number of blocks of a Vision Transformer, or of each of the four groups of a ResNet.
+        vision_heads: attention heads of an image block, or of a ResNet's attention pool.
         text_width: features per token; a multiple of ``text_heads``.
         text_layers: number of blocks of the text tower.
         text_heads: attention heads of a text block.
         embed_dim: E, features of an image and of a text.
-        activation: ``"quick_gelu"`` or ``"gelu"``. It has no default: published weights are wrong without
-            ``"quick_gelu"``, and nothing in a state dict says so.
+        activation: ``"quick_gelu"``, which a name stands for too, or ``"gelu"``. To be stated with sizes of your own,
+            and with ``weights``: they are wrong under the other one, and nothing in their file says which is theirs.
         context_length: most tokens of a text.
         vocabulary_size: number of token ids.
         in_channels: C, colour channels of an image.
-        dropout: probability of dropping, in training, an attention weight and an element of a residual
-            branch. The published models have none.
+        dropout: probability of dropping, in training, an attention weight and an element of a residual branch of a
+            Transformer. The published models have none.
+        freeze: the tower that is not trained, ``"image"`` or ``"text"``; see :meth:`CLIP.freeze`.
+        weights: a file to start from; see :func:`gpipe.models.clip_weights.load_weights`.
 
     Raises:
-        ValueError: if a setting is out of range or two do not fit together.
+        TypeError: if a size, or the activation, is missing.
+        ValueError: if a setting is out of range or two do not fit together, or the weights do not fit.
     """
-    visual = VisionTransformer(
-        image_size=image_size,
-        patch_size=patch_size,
-        vision_width=vision_width,
-        vision_layers=vision_layers,
-        vision_heads=vision_heads,
-        embed_dim=embed_dim,
-        activation=activation,
-        in_channels=in_channels,
-        dropout=dropout,
-    )
-    return CLIP(
-        visual,
-        text_width=text_width,
-        text_layers=text_layers,
-        text_heads=text_heads,
-        activation=activation,
+    given = {
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "vision_width": vision_width,
+        "vision_layers": vision_layers,
+        "vision_heads": vision_heads,
+        "text_width": text_width,
+        "text_layers": text_layers,
+        "text_heads": text_heads,
+        "embed_dim": embed_dim,
+        "activation": activation,
+    }
+    sizes = _settings(name, given, weights)
+    text = {key: sizes.pop(key) for key in ("text_width", "text_layers", "text_heads", "activation")}
+    model = CLIP(
+        _image_tower(sizes, text["activation"], in_channels, dropout),
+        **text,
         context_length=context_length,
         vocabulary_size=vocabulary_size,
         dropout=dropout,
     )
+    if weights is not None:
+        from gpipe.models.clip_weights import load_weights  # it reads into the class defined here
+
+        load_weights(weights, model, activation=text["activation"])
+    if freeze is not None:
+        model.freeze(freeze)
+    return model
+
+
+def _settings(name: Name | None, given: dict[str, Any], weights: str | None) -> dict[str, Any]:
+    """What is given, and for the rest what the name stands for."""
+    published: dict[str, Any] = {}
+    if name is not None:
+        require_choice("name", name, VARIANTS)
+        published = VARIANTS[name] | ({} if weights else {"activation": "quick_gelu"})
+    settings = published | {key: value for key, value in given.items() if value is not None}
+    is_resnet = not isinstance(settings.get("vision_layers", 0), int)
+    missing = [key for key in given if key not in settings and not (is_resnet and key == "patch_size")]
+    if missing:
+        remedy = (
+            "state the activation the weights were trained with: nothing in their file says so"
+            if weights and missing == ["activation"]
+            else f"give them, or one of the names {', '.join(repr(known) for known in VARIANTS)}"
+        )
+        raise TypeError(f"clip: expected a published name or all sizes, given none for {', '.join(missing)}; {remedy}")
+    if is_resnet and "patch_size" in settings:
+        raise ValueError(
+            f"clip: expected no patch_size for a ResNet, given {settings['patch_size']!r} with "
+            f"vision_layers={settings['vision_layers']!r}; leave it out, or give one number of layers"
+        )
+    return settings
+
+
+def _image_tower(sizes: dict[str, Any], activation: Activation, in_channels: int, dropout: float) -> ImageTower:
+    if "patch_size" in sizes:
+        return VisionTransformer(**sizes, activation=activation, in_channels=in_channels, dropout=dropout)
+    return ModifiedResNet(**sizes, in_channels=in_channels)

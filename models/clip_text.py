@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gpipe.models.attention import LayerNorm
+from gpipe.models.freezing import Freezable
 from gpipe.models.token_checks import check_text_length, check_token_ids, readable
 
 # What the text cells pass on: image features (B, E), token features (B, T, W), end (B,).
@@ -63,7 +64,7 @@ class TextLimits:
         check_text_length("CLIP texts", tokens, self.context_length)
 
 
-class TextStem(nn.Module):
+class TextStem(Freezable):
     """First cell of the text tower: token and positional embeddings.
 
     Args:
@@ -101,7 +102,7 @@ class TextStem(nn.Module):
         return image_features, x, end
 
 
-class TextBlock(nn.Module):
+class TextBlock(Freezable):
     """A cell of the text tower: one block applied to the token features.
 
     Args:
@@ -118,7 +119,7 @@ class TextBlock(nn.Module):
         return image_features, self.block(x), end
 
 
-class TextHead(nn.Module):
+class TextHead(Freezable):
     """Last cell of the text tower: the feature at each text's end token, normalised and projected.
 
     Args:

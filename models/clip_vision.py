@@ -6,14 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from gpipe.models.attention import Activation, LayerNorm, Transformer, check_tower
+from gpipe.models.clip_images import ImageBoundary, ImageLimits, ImageTower
 from gpipe.models.clip_text import TextLimits
+from gpipe.models.freezing import Freezable
 from gpipe.models.settings import require_multiple
 
-# What the image cells pass on: patch features (B, N, W) or image features (B, E), tokens (B, T), end (B,).
-ImageBoundary = tuple[Tensor, Tensor | None, Tensor | None]
 
-
-class VisionTransformer(nn.Module):
+class VisionTransformer(ImageTower):
     """The parameters of the image tower under their published names; it runs as the cells it gives.
 
     Initialised as published: class token, positions and projection with standard deviation W^-0.5, the rest
@@ -82,7 +81,7 @@ class VisionTransformer(nn.Module):
         return [ImageStem(self, limits), *blocks, ImageHead(self.ln_post, self.proj)]
 
 
-class ImageStem(nn.Module):
+class ImageStem(Freezable):
     """First cell of the image tower: patches, class token, positions and the first normalisation.
 
     Args:
@@ -96,8 +95,7 @@ class ImageStem(nn.Module):
         self.class_embedding = visual.class_embedding
         self.positional_embedding = visual.positional_embedding
         self.ln_pre = visual.ln_pre
-        self.image_size = visual.image_size
-        self.limits = limits
+        self.limits = ImageLimits(visual.conv1.in_channels, visual.image_size, limits)
 
     def forward(self, inputs: tuple[Tensor, Tensor | None, Tensor | None]) -> ImageBoundary:
         """Turn pixels into patch features; texts ride along.
@@ -113,38 +111,15 @@ class ImageStem(nn.Module):
             ValueError: if images or texts are not what the model can read.
         """
         images, tokens, end = inputs
-        self._check(images)
-        if tokens is not None and end is not None:
-            self.limits.check(tokens, end)
-            self._check_rows(images, tokens)
+        self.limits.check(images, tokens, end)
         x = self.conv1(images.to(self.conv1.weight.dtype))  # (B, W, S / patch, S / patch)
         x = x.flatten(2).transpose(1, 2)  # (B, N - 1, W)
         class_token = self.class_embedding.expand(x.shape[0], 1, -1)  # (B, 1, W)
         x = torch.cat([class_token, x], dim=1) + self.positional_embedding  # (B, N, W)
         return self.ln_pre(x), tokens, end
 
-    def _check(self, images: Tensor) -> None:
-        expected = (self.conv1.in_channels, self.image_size, self.image_size)
-        if tuple(images.shape[1:]) != expected:
-            shape = ", ".join(str(size) for size in expected)
-            raise ValueError(
-                f"CLIP images: expected shape (B, {shape}), given {tuple(images.shape)}; resize the images, "
-                "or build the model with their image_size and in_channels"
-            )
-        if not images.is_floating_point():
-            raise ValueError(
-                f"CLIP images: expected a floating dtype, given {images.dtype}; scale and normalise the images first"
-            )
 
-    def _check_rows(self, images: Tensor, tokens: Tensor) -> None:
-        if images.shape[0] != tokens.shape[0]:
-            raise ValueError(
-                f"CLIP inputs: expected as many texts as images, given {images.shape[0]} images and "
-                f"{tokens.shape[0]} texts; pass one text per image, or call encode_image and encode_text"
-            )
-
-
-class ImageBlock(nn.Module):
+class ImageBlock(Freezable):
     """A cell of the image tower: one block applied to the patch features.
 
     Args:
@@ -161,7 +136,7 @@ class ImageBlock(nn.Module):
         return self.block(x), tokens, end
 
 
-class ImageHead(nn.Module):
+class ImageHead(Freezable):
     """Last cell of the image tower: the class token, normalised and projected.
 
     Args:

@@ -60,7 +60,8 @@ def test_simulated_bytes_are_those_counted(name, keep):
     with record(pipe, memory=True) as counted:
         pipe.train_step(x, x, nn.functional.mse_loss, "micro_batch", schedule=schedule)
     predicted = simulate(schedule, costs, input_bytes=x.nbytes // 8, static_bytes_per_param=2.0)
-    assert predicted.peak_bytes == pytest.approx(counted.peak_bytes, rel=0.06)
+    for found, peak in zip(predicted.peak_bytes, counted.peak_bytes, strict=True):
+        assert found == pytest.approx(peak, rel=0.06, abs=x.nbytes)  # how many messages wait depends on seconds
 
 
 def test_company_leaves_when_the_profile_is_taken():

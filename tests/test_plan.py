@@ -128,7 +128,7 @@ def test_what_is_printed_can_be_pasted(tmp_path: Path) -> None:
         "checkpoint": best["keep"],
     }
     pasted = tiny_run.write(tmp_path, name="pasted.yaml", pipeline=section)
-    pipe = build(make_plan(read_configuration(pasted), pasted)).pipe
+    pipe = build(make_plan(read_configuration(pasted), pasted)).engine.pipe
     assert (list(pipe.balance), pipe.chunks) == (best["balance"], best["chunks"])
     assert f"{best['stages']} stages, {best['chunks']} micro-batches, gpipe: " in result.stdout  # the partition's table
 

@@ -70,9 +70,9 @@ def torchrun(folder, *arguments, restarts=0, **environment):
 
 @pytest.fixture
 def file(tmp_path):
-    (tmp_path / "own_module.py").write_text(OWN_MODULE)
+    (tmp_path / "watched_model.py").write_text(OWN_MODULE)
     arguments = tiny_run.TINY["model"]["arguments"]
-    return tiny_run.write(tmp_path, model={"factory": "own_module.model", "arguments": arguments})
+    return tiny_run.write(tmp_path, model={"factory": "watched_model.model", "arguments": arguments})
 
 
 def test_what_a_cell_raises_is_told_once(tmp_path, file):
