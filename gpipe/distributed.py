@@ -19,13 +19,13 @@ from gpipe.calls import Calls
 from gpipe.choosing import AnySchedule, chosen
 from gpipe.context import autocast_off, refuse_transforms
 from gpipe.flush import Flush, borrowed
-from gpipe.gradients import collected
+from gpipe.gradients import collected, trainable
 from gpipe.group_transport import GroupTransport
 from gpipe.joining import Settings, join
 from gpipe.loss import LossFunction, MicroBatchLoss, checked_loss
 from gpipe.microbatch import has_rows, moved, row_count, scatter, split_sizes
 from gpipe.minibatch import Finished
-from gpipe.rank_batch import RankBatch, deliver, gradients_of, outputs_with_graph, trainable
+from gpipe.rank_batch import RankBatch, deliver, gradients_of, outputs_with_graph
 from gpipe.recording import Recording
 from gpipe.relay import Relay
 from gpipe.schedule import Schedule

@@ -103,5 +103,7 @@ def joined(parts: Sequence[Boundary]) -> Boundary:
 
 def divided(leaves: Sequence[Any], parts: Sequence[int]) -> list[list[Any]]:
     """``leaves`` in pieces of these lengths."""
+    if len(parts) == 1:
+        return [list(leaves)]
     ends = list(accumulate(parts))
     return [list(leaves[end - size : end]) for end, size in zip(ends, parts, strict=True)]
