@@ -11,27 +11,27 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from gpipe import norms
-from gpipe.averaging import Averaging, equalise
 from gpipe.batchnorm import Statistics, commit, defer
 from gpipe.boundary import Boundary
-from gpipe.calls import Calls
 from gpipe.choosing import AnySchedule, chosen
 from gpipe.context import autocast_off, refuse_transforms
-from gpipe.flush import Flush, borrowed
 from gpipe.gradients import collected, trainable
-from gpipe.group_transport import GroupTransport
-from gpipe.joining import Settings, join
 from gpipe.loss import LossFunction, MicroBatchLoss, checked_loss
 from gpipe.microbatch import has_rows, moved, row_count, scatter, split_sizes
 from gpipe.minibatch import Finished
-from gpipe.rank_batch import RankBatch, deliver, gradients_of, outputs_with_graph
+from gpipe.ranks import norms
+from gpipe.ranks.averaging import Averaging, equalise
+from gpipe.ranks.calls import Calls
+from gpipe.ranks.flush import Flush, borrowed
+from gpipe.ranks.group_transport import GroupTransport
+from gpipe.ranks.joining import Settings, join
+from gpipe.ranks.rank_batch import RankBatch, deliver, gradients_of, outputs_with_graph
+from gpipe.ranks.relay import Relay
+from gpipe.ranks.slice_module import SliceModule
+from gpipe.ranks.slicing import Factory
 from gpipe.recording import Recording
-from gpipe.relay import Relay
 from gpipe.schedule import Schedule
 from gpipe.settings import Checkpoint, kept_micro_batches
-from gpipe.slice_module import SliceModule
-from gpipe.slicing import Factory
 from gpipe.timeline import Timeline
 
 _pipes = count()  # of this process; ranks make their pipes in the same order
@@ -49,7 +49,8 @@ class DistributedGPipe(SliceModule):
     Args:
         module: As for ``GPipe``: it is taken over, and other ranks' parameters are removed from it. Or a callable
             without arguments that makes it: it is called on the meta device, and the own slice alone gets memory and
-            initial values, every cell from a seed of its own (``gpipe.slicing.initialised`` makes the same as a whole).
+            initial values, every cell from a seed of its own (``gpipe.ranks.slicing.initialised`` makes the same as a
+            whole).
         balance: Number of cells of every stage. None divides by parameter count.
         chunks: Number of micro-batches M; a mini-batch of fewer rows is split into its rows.
         loss_fn: ``loss_fn(outputs, targets)`` gives one number, on the last stage's rank. A module's parameters are

@@ -11,11 +11,11 @@ from test_clip_resnet import tiny
 from test_torchscript_archive import archived
 from torch import nn
 
-from gpipe.deferred import recorded
 from gpipe.models.clip import clip
 from gpipe.models.clip_layouts import from_hugging_face, to_hugging_face
 from gpipe.models.clip_weights import load_weights, published_name, read_weights, save_weights
 from gpipe.models.contrastive import ContrastiveLoss, SigmoidLoss
+from gpipe.ranks.deferred import recorded
 
 
 def published(make=small):

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gpipe.memory import window
-from gpipe.mesh import Position
-from gpipe.routes import ConnectionLost
+from gpipe.ranks.mesh import Position
+from gpipe.ranks.routes import ConnectionLost
 
 _BUCKET = 25 * 2**20  # bytes of gradients that are summed at a time
 
