@@ -23,7 +23,7 @@ from gpipe.ranks.deferred import Recorded, recorded
 from gpipe.ranks.direct import accelerator
 from gpipe.ranks.error_board import ErrorBoard
 from gpipe.ranks.group_transport import GroupTransport, Wires
-from gpipe.ranks.mesh import position, with_group
+from gpipe.ranks.mesh import position
 from gpipe.ranks.routing import Plan, connected
 from gpipe.ranks.share import Share
 from gpipe.ranks.slicing import Factory, keep_slice, materialise
@@ -183,7 +183,7 @@ class _Joining:
 
     def join(self, seed: int, store: Store) -> Joined:
         """Make the routes to the other ranks, and have common values where that is due."""
-        self._position = with_group(self._position)
+        self._position = with_own_group(self._position)
         kept = set(self._module.parameters())
         plan = Plan(self._position, self._hosts, self._ways, ways(self._shared), self._device)
         ranks = dist.get_world_size()

@@ -20,7 +20,7 @@ class Position:
     Attributes:
         rank: The rank in the world.
         grid: For every replica the ranks of its pipeline, worker by worker.
-        group: The ranks that hold the same as this one, None if it is the only one, or before it was made.
+        group: The ranks that hold the same as this one, None if it is the only one.
     """
 
     rank: int
@@ -44,7 +44,7 @@ class Position:
 
 
 def position(mesh: Any) -> Position:
-    """The place of this rank in ``mesh``, without group; without a mesh all ranks are one pipeline.
+    """The place of this rank in ``mesh``; without one all ranks are one pipeline.
 
     Args:
         mesh: A ``DeviceMesh`` of the whole world: of one dimension, the pipeline, or of two, replicas and pipeline. The
@@ -75,17 +75,20 @@ def position(mesh: Any) -> Position:
         return Position(rank, [mesh.mesh.tolist()])
     names = mesh.mesh_dim_names or ()
     pipeline = names.index(PIPELINE) if PIPELINE in names else 1
-    return Position(rank, (mesh.mesh if pipeline == 1 else mesh.mesh.T).tolist())
+    grid = mesh.mesh if pipeline == 1 else mesh.mesh.T
+    group = mesh.get_group(1 - pipeline) if len(grid) > 1 else None
+    return Position(rank, grid.tolist(), group)
 
 
-def with_group(place: Position) -> Position:
-    """The same with a group for the replicas, if there are several; called on every rank alike.
+def with_own_group(place: Position) -> Position:
+    """The same with a group like the mesh's, but of its own; called on every rank alike.
 
-    The mesh has such a group, but whoever uses that after a failure would meet what a broken pipe left in it.
+    Whoever used the mesh's after a failure would meet what a broken pipe left in it.
     """
-    if len(place.grid) == 1:
+    if place.group is None:
         return place
-    groups = [dist.new_group(list(ranks)) for ranks in zip(*place.grid, strict=True)]
+    backend = dist.get_backend_config(place.group)
+    groups = [dist.new_group(list(ranks), backend=backend) for ranks in zip(*place.grid, strict=True)]
     own = groups[place.worker]
     assert isinstance(own, dist.ProcessGroup)
     return replace(place, group=own)
