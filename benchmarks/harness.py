@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -36,6 +38,14 @@ class Samples:
     def median(self) -> float:
         """Median of the undisturbed samples, in seconds."""
         return statistics.median(self.clean)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Their quartiles, in seconds: a quarter is below the first, a quarter above the second."""
+        if len(self.clean) == 1:
+            return self.clean[0], self.clean[0]
+        low, _, high = statistics.quantiles(self.clean, n=4, method="inclusive")
+        return low, high
 
 
 def interleave(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Samples]:
@@ -126,14 +136,21 @@ class Result:
     note: str = ""
 
 
-def report(name: str, results: Sequence[Result], samples: Mapping[str, Samples], command: str = "") -> None:
-    """Print tables, and save them with the machine and every sample under ``benchmarks/results``.
+def report(
+    name: str,
+    results: Sequence[Result],
+    samples: Mapping[str, Samples],
+    command: str = "",
+    figure: Figure | None = None,
+) -> None:
+    """Print tables, and save them with the machine, every sample and the figure under ``benchmarks/results``.
 
     Args:
         name: Of the files.
         results: The tables.
         samples: Every contender's.
         command: What follows ``python -m benchmarks.`` to make the report, where that is not ``name``.
+        figure: Of the results.
     """
     about = ", ".join(f"{k} {v}" for k, v in machine().items())
     lines = [f"`python -m benchmarks.{command or name}`; {about}"]
@@ -150,6 +167,9 @@ def report(name: str, results: Sequence[Result], samples: Mapping[str, Samples],
         "samples": {k: {"seconds": s.seconds, "foreign": s.foreign} for k, s in samples.items()},
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    if figure is not None:
+        with rc_context({"svg.hashsalt": "gpipe"}):  # the same file from the same results
+            figure.savefig(RESULTS / f"{name}.svg", metadata={"Date": None})
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any
 
@@ -16,6 +16,8 @@ from gpipe.microbatch import refuse_hidden_tensors
 
 Gradients = list[Tensor | None]
 
+_LEAF = tree_flatten(0)[1]
+
 
 def leaves_once(tree: Any) -> tuple[list[Any], tuple[int, ...], TreeSpec]:
     """The leaves of ``tree``, an object that stands in several places once; for every place its leaf; the structure.
@@ -23,6 +25,8 @@ def leaves_once(tree: Any) -> tuple[list[Any], tuple[int, ...], TreeSpec]:
     A tensor that two places hold is one node of the graph: as two it would collect its gradient in another order, and
     a write to one would not be known to the other.
     """
+    if type(tree) is Tensor:
+        return [tree], (0,), _LEAF
     placed, spec = tree_flatten(tree)
     index: dict[int, int] = {}
     places = tuple(index.setdefault(id(leaf), len(index)) for leaf in placed)
@@ -51,15 +55,22 @@ class Boundary:
     @classmethod
     def of(cls, tree: Any) -> Boundary:
         """Cut ``tree`` from its graph; the tensors share storage."""
+        return cls.cut(tree)[0]
+
+    @classmethod
+    def cut(cls, tree: Any) -> tuple[Boundary, list[Any]]:
+        """The same, and the leaves as they were, with their graph."""
         leaves, places, spec = leaves_once(tree)
+        values, needs_grad = [], []
         for leaf in leaves:
-            refuse_hidden_tensors(leaf, "a stage's output")
-        return cls(
-            tuple(leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves),
-            tuple(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves),
-            places,
-            spec,
-        )
+            if isinstance(leaf, Tensor):
+                values.append(leaf.detach())
+                needs_grad.append(leaf.requires_grad)
+            else:
+                refuse_hidden_tensors(leaf, "a stage's output")
+                values.append(leaf)
+                needs_grad.append(False)
+        return cls(tuple(values), tuple(needs_grad), places, spec), leaves
 
     @classmethod
     def tuple_of(cls, parts: Sequence[Boundary]) -> Boundary:
@@ -78,11 +89,14 @@ class Boundary:
 
     def copy(self) -> Boundary:
         """The same values in storage of their own: what a stage writes to them nobody else sees."""
-        return replace(self, leaves=copied(self.leaves))
+        return self._with(copied(self.leaves))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Boundary:
         """The same with ``function`` of every tensor."""
-        return replace(self, leaves=tuple(function(x) if isinstance(x, Tensor) else x for x in self.leaves))
+        return self._with(tuple(function(x) if isinstance(x, Tensor) else x for x in self.leaves))
+
+    def _with(self, leaves: tuple[Any, ...]) -> Boundary:
+        return Boundary(leaves, self.needs_grad, self.places, self.spec)
 
     def check_writes(self, versions: tuple[int, ...]) -> None:
         """Raise a RuntimeError if, since it had ``versions``, a tensor was written to that overlaps with another.

@@ -19,13 +19,13 @@ from gpipe.calls import Calls
 from gpipe.choosing import AnySchedule, chosen
 from gpipe.context import autocast_off, refuse_transforms
 from gpipe.flush import Flush, borrowed
-from gpipe.gradients import collected
+from gpipe.gradients import collected, trainable
 from gpipe.group_transport import GroupTransport
 from gpipe.joining import Settings, join
 from gpipe.loss import LossFunction, MicroBatchLoss, checked_loss
 from gpipe.microbatch import has_rows, moved, row_count, scatter, split_sizes
 from gpipe.minibatch import Finished
-from gpipe.rank_batch import RankBatch, deliver, gradients_of, outputs_with_graph, trainable
+from gpipe.rank_batch import RankBatch, deliver, gradients_of, outputs_with_graph
 from gpipe.recording import Recording
 from gpipe.relay import Relay
 from gpipe.schedule import Schedule
@@ -160,8 +160,7 @@ class DistributedGPipe(SliceModule):
             told = relay.all_done({} if mine is None else {self._share.position.replica: (mine.cpu(), rows)})
             flush.end(sum(count for _, count in told.values()))
             self._commit()
-            if self._averaging is not None:
-                equalise([b for m in self._modules_here for b in m.buffers()], self._share.position)
+            self._equalise_buffers()
             transport.flush()
             deliver(done, parts)
             self.step += self.training
@@ -209,12 +208,20 @@ class DistributedGPipe(SliceModule):
             OtherRankFailed, RuntimeError, BaseException: As ``train_step``.
         """
         with self._calls.running(self.step) as transport, torch.no_grad():
-            rows = self._started(Relay(self._share.position, transport), "forward", inputs)
+            relay = Relay(self._share.position, transport)
+            rows = self._started(relay, "forward", inputs)
+            equal = self.training and self._averaging is not None
+            if equal:
+                relay.will_be_done()
             batch = self._batch(transport, rows, None, [])
             outputs = batch.forward([Boundary.of(part) for part in self._parts(inputs)])
-            self.step += self.training
-            transport.flush()
+            if equal:
+                relay.all_done({})
             self._commit()
+            if equal:
+                self._equalise_buffers()
+            transport.flush()
+            self.step += self.training
             return None if outputs is None else batch.gathered([output.tree() for output in outputs])
 
     def eval_step(self, inputs: Any = None) -> Any:
@@ -264,6 +271,11 @@ class DistributedGPipe(SliceModule):
         if self._statistics:
             commit(self._statistics)
             self._statistics.clear()
+
+    def _equalise_buffers(self) -> None:
+        """Give the first replica's to the others, once all ranks have run their cells: none is waited for in vain."""
+        if self._averaging is not None:
+            equalise([b for m in self._modules_here for b in m.buffers()], self._share.position)
 
     def _head(self, targets: Any, rows: int) -> MicroBatchLoss:
         sizes, there = split_sizes(rows, self.chunks), moved(targets, self.device)
@@ -346,6 +358,7 @@ class DistributedGPipe(SliceModule):
 def _mean(told: Mapping[int, tuple[Tensor, int]]) -> Tensor:
     """The loss over all rows, from every replica's and its number of rows."""
     shares = [told[replica] for replica in sorted(told)]
+    shares = [(loss, rows) for loss, rows in shares if rows] or shares[:1]  # a mean over no rows is no number
     if len(shares) == 1:
         return shares[0][0]
     return torch.stack([loss * rows for loss, rows in shares]).sum() / sum(rows for _, rows in shares)

@@ -11,7 +11,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def trainable(*modules: nn.Module) -> list[Tensor]:
+    """The parameters of ``modules`` that need gradients, each once.
+
+    Looked for in every mini-batch, as users may freeze or replace some: so without the names that
+    ``nn.Module.parameters`` puts together on its way.
+    """
+    found: dict[int, Tensor] = {}
+    seen: set[nn.Module] = set()
+    waiting = list(modules[::-1])
+    while waiting:
+        module = waiting.pop()
+        if module not in seen:
+            seen.add(module)
+            found.update((id(p), p) for p in module._parameters.values() if p is not None and p.requires_grad)
+            waiting += [child for child in reversed(module._modules.values()) if child is not None]
+    return list(found.values())
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +20,7 @@ from gpipe.deferred import Recorded, recorded
 from gpipe.direct import accelerator
 from gpipe.error_board import ErrorBoard
 from gpipe.group_transport import GroupTransport, Wires
-from gpipe.mesh import position
+from gpipe.mesh import position, with_group
 from gpipe.partitioning.cells import Cell, cells_of
 from gpipe.partitioning.skips import skips_of
 from gpipe.partitioning.split import split_evenly
@@ -183,6 +183,7 @@ class _Joining:
 
     def join(self, seed: int, store: Store) -> Joined:
         """Make the routes to the other ranks, and have common values where that is due."""
+        self._position = with_group(self._position)
         kept = set(self._module.parameters())
         plan = Plan(self._position, self._hosts, self._ways, ways(self._shared), self._device)
         ranks = dist.get_world_size()
@@ -196,7 +197,7 @@ class _Joining:
             balance=self._balance,
             checkpoint=self._checkpoint,
             seed=seed,
-            share=self._share,
+            share=replace(self._share, position=self._position),
             wires=Wires(self._position.rank, connected(plan, accelerators)),
             board=ErrorBoard(store, ranks),
         )

@@ -65,6 +65,10 @@ def window(tensors: Sequence[Tensor]) -> tuple[Tensor, int]:
 
 
 def _copied_window(tensors: Sequence[Tensor]) -> list[Tensor]:
+    if len(tensors) == 1 and tensors[0].is_contiguous() and not tensors[0].data_ptr() % ALIGNMENT:
+        copy = tensors[0].clone(memory_format=torch.contiguous_format)
+        if copy.stride() == tensors[0].stride():  # those of dimensions of one row may differ
+            return [copy]
     first, size = window(tensors)
     start = first.storage_offset()
     shift = first.data_ptr() % ALIGNMENT // first.element_size()

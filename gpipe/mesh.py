@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +20,7 @@ class Position:
     Attributes:
         rank: The rank in the world.
         grid: For every replica the ranks of its pipeline, worker by worker.
-        group: The ranks that hold the same as this one, None if it is the only one.
+        group: The ranks that hold the same as this one, None if it is the only one, or before it was made.
     """
 
     rank: int
@@ -44,7 +44,7 @@ class Position:
 
 
 def position(mesh: Any) -> Position:
-    """The place of this rank in ``mesh``; without one all ranks are one pipeline.
+    """The place of this rank in ``mesh``, without group; without a mesh all ranks are one pipeline.
 
     Args:
         mesh: A ``DeviceMesh`` of the whole world: of one dimension, the pipeline, or of two, replicas and pipeline. The
@@ -75,6 +75,17 @@ def position(mesh: Any) -> Position:
         return Position(rank, [mesh.mesh.tolist()])
     names = mesh.mesh_dim_names or ()
     pipeline = names.index(PIPELINE) if PIPELINE in names else 1
-    grid = mesh.mesh if pipeline == 1 else mesh.mesh.T
-    group = mesh.get_group(1 - pipeline) if len(grid) > 1 else None
-    return Position(rank, grid.tolist(), group)
+    return Position(rank, (mesh.mesh if pipeline == 1 else mesh.mesh.T).tolist())
+
+
+def with_group(place: Position) -> Position:
+    """The same with a group for the replicas, if there are several; called on every rank alike.
+
+    The mesh has such a group, but whoever uses that after a failure would meet what a broken pipe left in it.
+    """
+    if len(place.grid) == 1:
+        return place
+    groups = [dist.new_group(list(ranks)) for ranks in zip(*place.grid, strict=True)]
+    own = groups[place.worker]
+    assert isinstance(own, dist.ProcessGroup)
+    return replace(place, group=own)

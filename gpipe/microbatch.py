@@ -25,6 +25,15 @@ def row_count(tree: Any) -> int:
         TypeError: ``tree`` holds no tensor with a batch dimension, or a leaf hides tensors from the pytree.
         ValueError: Two tensors disagree in their batch dimension.
     """
+    leaves = tree_leaves(tree)
+    sizes = {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()}
+    if len(sizes) == 1 and all(isinstance(leaf, Tensor) for leaf in leaves):
+        return sizes.pop()
+    return _rows_by_path(tree)
+
+
+def _rows_by_path(tree: Any) -> int:
+    """``row_count`` of a tree that holds other values too, or is not as it should be."""
     rows: int | None = None
     first = ""
     for path, leaf in tree_flatten_with_path(tree)[0]:
@@ -55,6 +64,8 @@ def has_rows(tree: Any) -> bool:
 
 def moved(tree: Any, device: torch.device) -> Any:
     """``tree`` with its tensors on ``device``."""
+    if type(tree) is Tensor:
+        return tree.to(device)
     return tree_map_only(Tensor, partial(Tensor.to, device=device), tree)
 
 

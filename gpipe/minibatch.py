@@ -93,7 +93,7 @@ class MiniBatch:
             )
             for stage in pipeline.stages
         ]
-        held = {stage.index: stage.parameter_bytes for stage in pipeline.stages}
+        held = {stage.index: stage.parameter_bytes for stage in pipeline.stages} if metered else {}
         self.recording = Recording([[] for _ in schedule.workers], Meters(held, last + 1) if metered else None)
         self._replicas = Replicas(pipeline.tied, [stage.device for stage in pipeline.stages])
         self._found: Found | None = None
@@ -168,8 +168,8 @@ class MiniBatch:
         self._spent = True
         transport = self._transport()
         self._enter(inputs, transport)
+        one = torch.ones((), device=self._flights[-1].stage.device)
         for m in range(len(inputs)):
-            one = torch.ones((), device=self._flights[-1].stage.device)
             transport.send(CALLER, self._last, Direction.BACKWARD, m, [one])
         with collected(self.parameters) as totals:
             self._perform(self._schedule.workers, transport, self._context.without_autocast())

@@ -18,6 +18,7 @@ from gpipe.boundary import Boundary
 from gpipe.cells import registries
 from gpipe.choosing import AnySchedule, chosen
 from gpipe.context import autocast_off, refuse_transforms
+from gpipe.gradients import trainable
 from gpipe.loss import LossFunction, MicroBatchLoss, checked_loss
 from gpipe.microbatch import gather, has_rows, moved, row_count, scatter, split_sizes
 from gpipe.minibatch import MiniBatch, Pipeline
@@ -311,10 +312,10 @@ class GPipe(nn.Module):
         if not torch.is_grad_enabled():
             keep = (micro_batches,) * len(self._stages)
         modules = [self] if head is None or head.module is None else [self, head.module]
-        parameters = {id(p): p for m in modules for p in m.parameters() if p.requires_grad}
-        refuse_transforms(parameters.values() if torch.is_grad_enabled() else ())
+        parameters = trainable(*modules)
+        refuse_transforms(parameters if torch.is_grad_enabled() else ())
         batch = MiniBatch(
-            Pipeline(self._stages, self._workers, self._lock, list(parameters.values()), self._tied),
+            Pipeline(self._stages, self._workers, self._lock, parameters, self._tied),
             chosen(schedule, len(self._stages), micro_batches, keep, two_pass),
             seed=self.seed,
             step=self.step,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpipe.autograd import attach
 from gpipe.batchnorm import Statistics
@@ -70,7 +70,7 @@ class RankBatch:
         self._supply: Supply | None = None
         self._context = CallerContext.capture([share.device])
         self._micro_batches = range(schedule.micro_batches)
-        held = {k: stage.parameter_bytes for k, stage in share.stages.items()}
+        held = {k: stage.parameter_bytes for k, stage in share.stages.items()} if metered else {}
         self.recording = Recording([[]], Meters(held, len(share.hosts)) if metered else None)
         self._flights = {
             k: Flight(
@@ -245,8 +245,3 @@ def outputs_with_graph(outputs: Sequence[Boundary]) -> tuple[list[Any], _Collect
 def gradients_of(collector: _Collector, outputs: Sequence[Boundary]) -> list[Gradients]:
     """What a loss's backward left; no gradients where it did not depend on the outputs."""
     return collector.output_gradients or [[None] * len(output.leaves) for output in outputs]
-
-
-def trainable(*modules: nn.Module) -> list[Tensor]:
-    """The parameters of ``modules`` that need gradients, each once."""
-    return list({id(p): p for module in modules for p in module.parameters() if p.requires_grad}.values())

@@ -242,6 +242,10 @@ class Draws:
         self._own = None if own is None else _default_generator(own)
         self._mode = CellGenerators(own)
 
+    def may_draw(self, cell: int) -> bool:
+        """Whether cell number ``cell``, observed before, needs a scope of its own."""
+        return self._own is not None or self._drawing[cell]
+
     @contextmanager
     def cell(self, cell: int, seed: int, observe: bool, brought: Brought, again: bool) -> Iterator[None]:
         """Run cell number ``cell`` of the stage inside; ``observe`` looks whether it draws.

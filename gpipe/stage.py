@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from gpipe.batchnorm import Statistics, deferred
-from gpipe.boundary import Boundary, Gradients, leaves_once, new_anchor
+from gpipe.boundary import Boundary, Gradients, new_anchor
 from gpipe.buffers import Before, ChangingBuffers, rewound
 from gpipe.partitioning.skips import carrying
 from gpipe.phase import Phase, running
@@ -144,7 +145,7 @@ class Flight:
     head: Head | None = None
     two_pass: bool = False
     keep_graph: bool = False
-    cell: str | None = None
+    _running: int | None = None
     _graphs: dict[int, _Graph] = field(default_factory=dict)
     _first: dict[int, _First] = field(default_factory=dict)
     _kept: dict[int, _Kept] = field(default_factory=dict)
@@ -288,36 +289,49 @@ class Flight:
         versions = boundary.versions()
         left = self._run(phase, boundary.open(arrived, anchor))
         boundary.check_writes(versions)
-        outputs = [Boundary.of(part) for part in left]
+        cuts = [Boundary.cut(part) for part in left]
         roots = [
             ((n, i), get_gradient_edge(leaf))
-            for n, part in enumerate(left)
-            for i, leaf in enumerate(leaves_once(part)[0])
-            if outputs[n].needs_grad[i]
+            for n, (output, leaves) in enumerate(cuts)
+            for i, (leaf, needed) in enumerate(zip(leaves, output.needs_grad, strict=True))
+            if needed
         ]
-        return _Graph(roots, arrived, anchor, sizes), in_own_memory(outputs)
+        return _Graph(roots, arrived, anchor, sizes), in_own_memory([output for output, _ in cuts])
 
     def _run(self, phase: Phase, entered: Any) -> list[Any]:
         """Run the cells; gives what leaves the stage, on every way."""
-        stage, m = self.stage, phase.micro_batch
+        stage = self.stage
         value, *arrived = entered if stage.ways.incoming else (entered,)
         carrier = StageCarrier(stage.ways, arrived)
-        observe = not self._observed
         with running(phase), carrying(carrier):
             for i, cell in enumerate(stage.cells):
-                self.cell = f"{stage.names[i]} ({type(cell).__name__})"
-                seed = cell_seed(self.seed, self.step, self.first_micro_batch + m, stage.first_cell + i)
-                with stage.draws.cell(i, seed, observe, self._generators(m, i), phase.recomputing):
+                self._running = i
+                with self._drawing(i, phase):
                     value = cell(value)
             if self.head is not None:
-                self.cell = "loss_fn"
-                seed = cell_seed(self.seed, self.step, self.first_micro_batch + m, stage.first_cell + len(stage.cells))
-                brought = self._generators(m, len(stage.cells))
-                with stage.draws.cell(len(stage.cells), seed, observe, brought, phase.recomputing):
-                    value = self.head(m, value)
-        self.cell = None
+                self._running = len(stage.cells)
+                with self._drawing(self._running, phase):
+                    value = self.head(phase.micro_batch, value)
+        self._running = None
         self._observed = True
-        return [value, *carrier.leaving()]
+        return [value, *carrier.bundles()]
+
+    @property
+    def cell(self) -> str | None:
+        """What runs in words, None between actions."""
+        if self._running is None:
+            return None
+        if self._running == len(self.stage.cells):
+            return "loss_fn"
+        return f"{self.stage.names[self._running]} ({type(self.stage.cells[self._running]).__name__})"
+
+    def _drawing(self, cell: int, phase: Phase) -> AbstractContextManager[None]:
+        """A scope to run a cell in, or, as the last, the head."""
+        draws, observe, m = self.stage.draws, not self._observed, phase.micro_batch
+        if not (observe or draws.may_draw(cell)):
+            return _NOTHING
+        seed = cell_seed(self.seed, self.step, self.first_micro_batch + m, self.stage.first_cell + cell)
+        return draws.cell(cell, seed, observe, self._generators(m, cell), phase.recomputing)
 
     def _generators(self, m: int, cell: int) -> Brought:
         """Where the states of the generators a cell brings are kept for its repetition."""
@@ -333,6 +347,9 @@ class Flight:
     def _watched(self) -> list[nn.Module]:
         """Those whose buffers a recompute would change again."""
         return [m for m in self.modules if self.statistics is None or not deferred(m)]
+
+
+_NOTHING = nullcontext()
 
 
 def _expected(outputs: Sequence[Boundary]) -> tuple[torch.Size | None, ...]:

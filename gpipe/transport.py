@@ -7,7 +7,7 @@ target of the last. Messages carry their micro-batch, so sender and receiver nee
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import Enum
+from enum import StrEnum
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from gpipe.metering import Meters
 CALLER = -1
 
 
-class Direction(Enum):
+class Direction(StrEnum):
     """Outputs flow forward, their gradients backward; so do values that skip stages."""
 
     FORWARD = "forward"

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from queue import SimpleQueue
 from time import perf_counter
 from typing import Any
@@ -53,8 +54,13 @@ class Work:
         """The action as timelines and messages name it."""
         return action._replace(kind=Kind.RECOMPUTE) if self.repeats and action.kind == Kind.FORWARD else action
 
-    def neighbours(self, stage: int, kind: Kind) -> tuple[list[Neighbour], list[Neighbour]]:
-        """Where an action's messages come from, and where they go; first the chain's, then those that skip stages."""
+    @cached_property
+    def neighbours(self) -> dict[tuple[int, Kind], tuple[list[Neighbour], list[Neighbour]]]:
+        """By stage and kind of action: where messages come from, and where they go."""
+        return {(stage, kind): self._neighbours(stage, kind) for stage in self.flights for kind in Kind}
+
+    def _neighbours(self, stage: int, kind: Kind) -> tuple[list[Neighbour], list[Neighbour]]:
+        """First the chain's, then those that skip stages."""
         ways = self.flights[stage].stage.ways
         before = stage - 1 if stage else CALLER
         after = stage + 1 if stage + 1 < self.stages else CALLER
@@ -104,7 +110,7 @@ def perform(work: Work, actions: Sequence[Action], spans: list[Span]) -> None:
 
 def _act(work: Work, action: Action, spans: list[Span]) -> None:
     k, kind, m = action
-    sources, targets = work.neighbours(k, kind)
+    sources, targets = work.neighbours[k, kind]
     if work.window is not None and m >= work.window and targets[0][0] != CALLER:
         work.transport.receive(targets[0][0], k, Direction.BACKWARD, m - work.window)
     messages = [work.transport.receive(source, k, direction, m) for source, direction in sources]
