@@ -23,7 +23,7 @@ from gpipe.ranks.deferred import Recorded, recorded
 from gpipe.ranks.direct import accelerator
 from gpipe.ranks.error_board import ErrorBoard
 from gpipe.ranks.group_transport import GroupTransport, Wires
-from gpipe.ranks.mesh import position
+from gpipe.ranks.mesh import position, with_own_group
 from gpipe.ranks.routing import Plan, connected
 from gpipe.ranks.share import Share
 from gpipe.ranks.slicing import Factory, keep_slice, materialise
