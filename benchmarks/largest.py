@@ -18,7 +18,8 @@ from gpipe.partitioning.cells import cells_of
 from gpipe.partitioning.cost import CellCost
 from gpipe.partitioning.estimate import Speed, estimate
 from gpipe.partitioning.partition import Partition
-from gpipe.partitioning.solve import Infeasible, solve
+from gpipe.partitioning.solve import Infeasible
+from gpipe.queueing import solve_with_queues
 
 CHUNKS = 8
 SPEED = Speed(flops=50e9, bytes=10e9)  # a CPU core, roughly; only bytes matter here
@@ -55,11 +56,11 @@ FAMILIES = {
             48 * MEGA,
         ),
         Family(
-            "AmoebaNet-D (12, D), small stem, 32 x 32 pixels, batch 32",
+            "AmoebaNet-D (12, D), small stem, 16 x 16 pixels, batch 32",
             "D",
-            lambda n: amoebanet(count=12, filters=n, side=32, rows=32),
+            lambda n: amoebanet(count=12, filters=n, side=16, rows=32),
             8,
-            192 * MEGA,
+            72 * MEGA,
         ),
     ),
     "tiny": (
@@ -74,7 +75,9 @@ FAMILIES = {
 }
 
 
-def _costs(net: Net, chunks: int) -> list[CellCost]:
+@cache
+def _costs(family: Family, size: int, chunks: int) -> list[CellCost]:
+    net = family.made(size)
     with torch.device("meta"):
         return estimate(net.module(), net.inputs(net.rows), speed=SPEED, chunks=chunks)
 
@@ -88,20 +91,18 @@ def largest(family: Family, stages: int, *, naive: bool) -> tuple[int, Partition
         naive: One mini-batch at once, all kept; otherwise ``CHUNKS`` micro-batches, all re-materialised.
     """
     chunks = 1 if naive else CHUNKS
+    size = tensor_bytes(family.made(family.step).batch()[0]) // chunks
 
-    @cache
     def fitting(count: int) -> Partition | None:
-        net = family.made(count * family.step)
-        costs = _costs(net, chunks)
+        costs = _costs(family, count * family.step, chunks)
         if len(costs) < stages:
             return None
-        size = tensor_bytes(net.batch()[0]) // chunks
         try:
-            return solve(
+            return solve_with_queues(
                 costs,
                 stages,
                 micro_batches=chunks,
-                keep=chunks if naive else 0,
+                keep=[chunks if naive else 0] * stages,
                 memory_limit=family.cap,
                 input_bytes=size,
             )
@@ -171,7 +172,8 @@ def largest_models(size: str) -> list[Result]:
         note = (
             f"Naive: the mini-batch at once, all kept. Pipelines: M={CHUNKS}, all re-materialised. Found by estimate, "
             "then run: bytes of the fullest stage with parameters, gradients and Adam's state. The loss is not "
-            "estimated. What the paper has at its own sizes is in paper_tables; torch's, torchgpipe's and fairscale's "
+            "estimated, and which gradients wait at a slow stage is guessed from seconds that are: where a stage takes "
+            "more than estimated, that is why. What the paper has at its own sizes is in paper_tables; torch's, torchgpipe's and fairscale's "
             "largest are not searched for, but the tables above say what they hold."
         )
         title = f"Largest model in {family.cap / MEGA:.0f} MiB a stage: {family.about}"

@@ -1,4 +1,4 @@
-"""Contenders against each other, in turns in the same two processes; those that cannot run are named with the reason."""
+"""Contenders against each other, in turns in the same two processes; one that cannot run is named with the reason."""
 
 from __future__ import annotations
 
@@ -110,11 +110,20 @@ def missing_note(missing: dict[str, str]) -> str:
     return "Not installed: " + "; ".join(f"{peer} ({why})" for peer, why in sorted(missing.items())) + "."
 
 
-def parser(question: str, *, rounds: int, chunks: Sequence[int]) -> argparse.ArgumentParser:
-    """The options that these benchmarks share."""
+def parser(
+    question: str, *, rounds: int | None = None, models: Sequence[str] = tuple(NETS["full"])
+) -> argparse.ArgumentParser:
+    """The options that these benchmarks share.
+
+    Args:
+        question: What the benchmark answers.
+        rounds: Counted rounds, if not said otherwise; None where nothing is timed.
+        models: Names of the models, if not said otherwise.
+    """
     found = argparse.ArgumentParser(description=question)
-    found.add_argument("--rounds", type=int, default=rounds, help="counted rounds")
-    found.add_argument("--chunks", type=int, nargs="+", default=list(chunks), help="numbers of micro-batches M")
-    found.add_argument("--models", nargs="+", choices=list(NETS["full"]), default=list(NETS["full"]))
+    if rounds is not None:
+        found.add_argument("--rounds", type=int, default=rounds, help="counted rounds")
+    found.add_argument("--chunks", type=int, nargs="+", default=[8], help="numbers of micro-batches M")
+    found.add_argument("--models", nargs="+", choices=list(NETS["full"]), default=list(models))
     found.add_argument("--size", choices=list(NETS), default="full", help="tiny: for tests")
     return found

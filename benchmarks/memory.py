@@ -84,8 +84,9 @@ def notes(balances: Sequence[Balances]) -> str:
         [
             "Peak of the second step: parameters, buffers, gradients, on the first stage the inputs, and every storage "
             "that operators make in the stage's threads, each counted once until it is freed; no optimizer's state. "
-            "Boundaries are copied as if every stage had a device of its own. Not counted: the targets, what an operator takes and gives "
-            "back inside, an allocator's rest, and what messages on their way take in the transport.",
+            "Boundaries are copied as if every stage had a device of its own. Not counted: the targets, what an "
+            "operator takes and gives back inside, an allocator's rest, and what messages on their way take in the "
+            "transport: torch's buffers for receiving are counted, as they are made in the stage's thread.",
             sources_note(balances),
             missing_note(balances[0].missing),
         ]
@@ -105,7 +106,7 @@ def figure(found: dict[str, dict[Contender, list[int]]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the arguments and measure."""
-    given = parser(QUESTION, rounds=0, chunks=(8,)).parse_args(argv)
+    given = parser(QUESTION).parse_args(argv)
     results: list[Result] = []
     balances: list[Balances] = []
     first: dict[str, dict[Contender, list[int]]] = {}

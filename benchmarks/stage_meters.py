@@ -28,12 +28,12 @@ class StageMeters(ThreadMode):
     """
 
     def __init__(self, stages: Sequence[nn.Module]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.meters = [LiveBytes() for _ in stages]
         self.current = 0
         self._inside = threading.local()
         for k, stage in enumerate(stages):
-            stage.forward = partial(self._forward, k, stage.forward)  # type: ignore[method-assign]
+            stage.forward = partial(self._forward, k, stage.forward)
 
     def __enter__(self) -> StageMeters:
         self._inside.yes = True

@@ -1,6 +1,6 @@
 """How fast do two stages train on two cores, against the ceiling of those cores and against the peers?
 
-Run: python -m benchmarks.throughput [--rounds 2] [--chunks 8 16] [--models Transformer ...] [--grid]
+Run: python -m benchmarks.throughput [--rounds 2] [--chunks 8] [--models Transformer ...] [--grid]
      python -m benchmarks.throughput --engine distributed [--against torch] ...   (see benchmarks/distributed.py)
 
 Peers: pip install '.[peers]'. Those that are not there are named in the table.
@@ -215,7 +215,7 @@ def figure(all_of_them: Sequence[Measured], size: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the arguments and measure."""
-    options = parser(QUESTION, rounds=2, chunks=(8, 16))
+    options = parser(QUESTION, rounds=2)
     options.add_argument("--grid", action="store_true", help="also K=1, and our other schedules and ways to recompute")
     options.add_argument("--engine", choices=["threads", "distributed"], default="threads")
     options.add_argument("--against", choices=["torch"], help="with --engine distributed: torch's pipeline runs too")
