@@ -21,28 +21,29 @@ import torch.distributed as dist
 from torch import nn
 
 import gpipe
+from benchmarks.contenders import STAGES, accumulate
 from benchmarks.harness import Result, interleave, own_process, report
+from benchmarks.models import BATCH, FEED_FORWARD, LAYERS, SEQUENCE, WIDTH, data, layers
 from benchmarks.namespaces import Host
-from benchmarks.throughput import BATCH, FEED_FORWARD, LAYERS, SEQUENCE, STAGES, WIDTH, accumulate, data, layers
 
 LOOP, CEILING = "plain loop", "ceiling"
 OURS = {"DistributedGPipe gpipe": "gpipe", "DistributedGPipe 1F1B": "one_f_one_b"}
 TORCHS = {"torch ScheduleGPipe": "ScheduleGPipe", "torch Schedule1F1B": "Schedule1F1B"}
 
 Step = Callable[[], Any]
-Make = Callable[[int, str, int], Step]
+Make = Callable[[int, Any, int], Step]
 
 
 def _loop(rank: int, chunks: int) -> Step:
     """The whole model on rank 0 alone."""
     x, y = data()
-    return accumulate(layers(LAYERS), x, y, chunks) if rank == 0 else lambda: None
+    return accumulate(layers(LAYERS), x, y, chunks, nn.functional.mse_loss) if rank == 0 else lambda: None
 
 
 def _ceiling(rank: int, chunks: int) -> Step:
     """Both ranks busy with their own stage: no bubble, no messages."""
     x, y = data()
-    return accumulate(layers(LAYERS // STAGES), x.requires_grad_(rank > 0), y, chunks)
+    return accumulate(layers(LAYERS // STAGES), x.requires_grad_(rank > 0), y, chunks, nn.functional.mse_loss)
 
 
 def _ours(rank: int, chunks: int, schedule: str) -> Step:
@@ -101,7 +102,7 @@ def _rank(rank: int, port: int, host: Host | None, make: Make, pipe: Connection)
     os.environ["GLOO_SOCKET_IFNAME"] = loopback if host is None else host.interface
     address = "127.0.0.1" if host is None else host.first
     dist.init_process_group("gloo", f"tcp://{address}:{port}", rank=rank, world_size=STAGES)
-    steps: dict[tuple[str, int], Step] = {}
+    steps: dict[tuple[Any, int], Step] = {}
     with suppress(EOFError):
         while True:
             contender = pipe.recv()
@@ -124,7 +125,8 @@ class Ranks:
     """A world of rank processes.
 
     Args:
-        make: ``make(rank, name, chunks)`` gives, on a rank, a step to be timed, which returns what can be pickled.
+        make: ``make(rank, name, chunks)`` gives, on a rank, a step to be timed, which returns what can be pickled. A
+            name is anything that can be, and can be a key.
         hosts: Where each runs; None for this machine.
     """
 
@@ -143,7 +145,7 @@ class Ranks:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, name: str, chunks: int) -> list[tuple[float, Any]]:
+    def run(self, name: Any, chunks: int) -> list[tuple[float, Any]]:
         """Every rank's seconds for one step, and what that returned."""
         for pipe in self._pipes:
             pipe.send((name, chunks))
@@ -156,7 +158,7 @@ class Ranks:
                     raise RuntimeError(f"rank {rank} failed in {name}, M={chunks}:\n{answers[rank]}")
         return [answers[rank] for rank in range(STAGES)]
 
-    def slowest(self, name: str, chunks: int) -> float:
+    def slowest(self, name: Any, chunks: int) -> float:
         """Seconds until the slower rank is done with one step."""
         return max(seconds for seconds, _ in self.run(name, chunks))
 

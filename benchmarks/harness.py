@@ -8,7 +8,9 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +117,18 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **_versions("gpipe", "numpy", "torchgpipe", "fairscale"),
         "system": platform.system(),
     }
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 @dataclass(frozen=True)
@@ -194,18 +206,19 @@ def _busy() -> float:
     return (user + nice + system + irq + softirq + steal) / float(os.sysconf("SC_CLK_TCK"))
 
 
-_children: list[int] = []
+_children: dict[int, float] = {}
 
 
 def own_process(pid: int) -> None:
     """Count a child process's time as the benchmark's own."""
-    _children.append(pid)
+    _children[pid] = 0.0
 
 
 def _own() -> float:
     times = os.times()
     total = times.user + times.system
     for pid in _children:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) / float(os.sysconf("SC_CLK_TCK"))
-    return total
+        with suppress(OSError):  # one that has ended counts as it did last
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            _children[pid] = (int(fields[11]) + int(fields[12])) / float(os.sysconf("SC_CLK_TCK"))
+    return total + sum(_children.values())

@@ -14,10 +14,11 @@ from typing import Any
 from torch import nn
 
 import gpipe
+from benchmarks.contenders import STAGES
 from benchmarks.distributed import Ranks, Step
 from benchmarks.harness import Result, interleave, own_process, report
+from benchmarks.models import BATCH, SEQUENCE, WIDTH, data, layers
 from benchmarks.namespaces import two_hosts
-from benchmarks.throughput import BATCH, SEQUENCE, STAGES, WIDTH, data, layers
 from gpipe.costs import measured_costs
 from gpipe.schedules import BUILDERS
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import gpipe
 from benchmarks.harness import Result, Samples, interleave, steady, timed
+from gpipe.partitioning.alone import alone
 from gpipe.partitioning.cells import cells_of
 from gpipe.partitioning.cost import CellCost
 from gpipe.partitioning.partition import Partition
@@ -82,7 +83,7 @@ class _Profiled:
 
     def __init__(self, module: nn.Module, x: Tensor, chunks: int) -> None:
         self._costs = profile(module, x, chunks=chunks, repeats=1)
-        self._company = cells_of(module), first_micro_batch(x, chunks)
+        self._company = alone(cells_of(module)), first_micro_batch(x, chunks)
         self._timer = rounds(*self._company, x.device)
         self._rounds: list[list[Seconds]] = []
 

@@ -1,172 +1,254 @@
-"""How close does a two-stage CPU pipeline come to what two cores can do, and what does wrapping alone cost?
+"""How fast do two stages train on two cores, against the ceiling of those cores and against the peers?
 
-Run: python -m benchmarks.throughput [--rounds 5] [--chunks 4 8 16]
+Run: python -m benchmarks.throughput [--rounds 2] [--chunks 8 16] [--models Transformer ...] [--grid]
      python -m benchmarks.throughput --engine distributed [--against torch] ...   (see benchmarks/distributed.py)
+
+Peers: pip install '.[peers]'. Those that are not there are named in the table.
 """
 
 from __future__ import annotations
 
-import argparse
-import multiprocessing
+import statistics
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
-from time import perf_counter
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from benchmarks import harness
+from benchmarks.bars import bars
+from benchmarks.contenders import STAGES, Contender
+from benchmarks.doors import timed_step
+from benchmarks.harness import Result, Samples, interleave, report
+from benchmarks.match import PEERS, Balances, Match, missing_note, parser, sources_note
+from benchmarks.models import NETS
 
-import gpipe
-from benchmarks.harness import Result, interleave, own_process, report, timed
+QUESTION = "How fast do two stages train on two cores, against the ceiling of those cores and against the peers?"
 
-WIDTH, HEADS, FEED_FORWARD, SEQUENCE, BATCH, LAYERS = 512, 8, 2048, 128, 32, 8
-CHUNKS = (4, 8, 16)
-STAGES = 2
-
-
-def layers(count: int) -> nn.Sequential:
-    """Transformer encoder layers without dropout."""
-    return nn.Sequential(
-        *(nn.TransformerEncoderLayer(WIDTH, HEADS, FEED_FORWARD, dropout=0.0, batch_first=True) for _ in range(count))
-    )
-
-
-def data() -> tuple[Tensor, Tensor]:
-    """One mini-batch of inputs and targets, (BATCH, SEQUENCE, WIDTH) each."""
-    torch.manual_seed(0)
-    return torch.randn(BATCH, SEQUENCE, WIDTH), torch.randn(BATCH, SEQUENCE, WIDTH)
-
-
-def accumulate(module: nn.Module, x: Tensor, y: Tensor, chunks: int) -> Callable[[], None]:
-    """The plain loop: forward, loss and backward of each micro-batch, gradients accumulated."""
-
-    def step() -> None:
-        module.zero_grad()
-        for part, target in zip(x.chunk(chunks), y.chunk(chunks), strict=True):
-            (nn.functional.mse_loss(module(part), target) / chunks).backward()
-
-    return step
+# door, schedule, recompute, intra-op threads
+BASES = (("plain", "gpipe", "never", 1), ("plain", "gpipe", "never", 2), ("ceiling", "gpipe", "never", 1))
+OURS = (
+    ("GPipe", "gpipe", "never", 1),
+    ("GPipe", "gpipe_zero_bubble", "never", 1),
+    ("DistributedGPipe", "gpipe", "never", 1),
+    ("DistributedGPipe", "one_f_one_b", "never", 1),
+)
+GRID = (
+    ("GPipe", "gpipe", "except_last", 1),
+    ("GPipe", "gpipe", "always", 1),
+    ("GPipe", "one_f_one_b", "never", 1),
+    ("GPipe", "zero_bubble_h1", "never", 1),
+    ("DistributedGPipe", "gpipe_zero_bubble", "never", 1),
+    ("DistributedGPipe", "zero_bubble_h1", "never", 1),
+)
+THEIRS = (
+    ("torch", "ScheduleGPipe", "never", 1),
+    ("torch", "Schedule1F1B", "never", 1),
+    ("torchgpipe", "gpipe", "never", 2),
+    ("fairscale", "gpipe", "never", 2),
+)
 
 
-def piped(stages: int, x: Tensor, y: Tensor, chunks: int) -> Callable[[], None]:
-    """A training step of a pipe that keeps all activations, one intra-op thread a stage."""
-    torch.set_num_threads(stages)
-    torch.manual_seed(0)
-    pipe = gpipe.GPipe(
-        layers(LAYERS), [LAYERS // stages] * stages, devices=["cpu"] * stages, chunks=chunks, checkpoint="never"
-    )
-    torch.set_num_threads(1)
+@dataclass(frozen=True)
+class Measured:
+    """One model with one number of micro-batches.
 
-    def step() -> None:
-        pipe.zero_grad()
-        pipe.train_step(x, y, nn.functional.mse_loss)
+    Attributes:
+        net: Name of the model.
+        chunks: M.
+        samples: Of the contenders that ran.
+        failed: Why the others did not.
+        ceiling: By rank the seconds of its stage on its own.
+    """
 
-    return step
+    net: str
+    chunks: int
+    samples: dict[Contender, Samples]
+    failed: dict[Contender, str]
+    ceiling: Sequence[float]
+
+    @property
+    def bound(self) -> float:
+        """Seconds below which a pipeline that runs whole backwards cannot be.
+
+        The slowest stage is busy all the time, and waits for one micro-batch to pass the others: for even stages this
+        is the ceiling times (M + K - 1) / M.
+        """
+        slowest = max(self.ceiling)
+        return slowest + (sum(self.ceiling) - slowest) / self.chunks
+
+    def best(self, doors: Sequence[str]) -> tuple[Contender, float] | None:
+        """The fastest of these doors, and its seconds."""
+        found = [(c, s.median) for c, s in self.samples.items() if c.door in doors and c.stages > 1]
+        return min(found, key=lambda pair: pair[1], default=None)
 
 
-def _one_stage(pipe: Connection, first: bool) -> None:
-    """A process that runs one stage on its own, as often as it is told to."""
-    torch.set_num_threads(1)
-    x, y = data()
-    x.requires_grad_(not first)
-    module = layers(LAYERS // STAGES)
-    while (chunks := pipe.recv()) is not None:
-        step = accumulate(module, x, y, chunks)
-        start = perf_counter()
-        step()
-        pipe.send(perf_counter() - start)
+class _Stages:
+    """The ceiling's seconds, the slower rank's; remembers those of every rank."""
+
+    def __init__(self, match: Match, contender: Contender) -> None:
+        self._match, self._contender = match, contender
+        self.by_rank: list[list[float]] = []
+
+    def __call__(self) -> float:
+        answers = self._match.answers(self._contender)
+        if answers is None:
+            raise RuntimeError(f"the ceiling failed: {self._match.failed[self._contender]}")
+        self.by_rank.append([seconds for seconds, _ in answers])
+        return max(self.by_rank[-1])
+
+    def medians(self) -> list[float]:
+        """Of every rank, the first run left out as warm-up."""
+        return [statistics.median(seconds) for seconds in zip(*self.by_rank[1:], strict=True)]
 
 
-class Ceiling:
-    """Two processes, each running one stage at the same time without communication: no bubble, no messages."""
+def contenders(net: str, chunks: int, size: str, balances: Balances, grid: bool) -> list[Contender]:
+    """All that run on one model."""
+    made = [
+        Contender(door, net, chunks, size, balances.of(door), schedule, recompute, threads)
+        for door, schedule, recompute, threads in (*BASES, *OURS, *(GRID if grid else ()), *THEIRS)
+        if door not in balances.missing
+    ]
+    if grid:
+        whole = balances.of("plain")
+        made.append(Contender("GPipe", net, chunks, size, whole))
+        made.append(Contender("GPipe", net, chunks, size, whole, recompute="except_last"))
+    return made
 
-    def __init__(self) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        pairs = [spawn.Pipe() for _ in range(STAGES)]
-        self._pipes = [ours for ours, _ in pairs]
-        self._processes = [
-            spawn.Process(target=_one_stage, args=(theirs, k == 0), daemon=True) for k, (_, theirs) in enumerate(pairs)
+
+def measured(net: str, chunks: int, size: str, balances: Balances, grid: bool, rounds: int) -> Measured:
+    """Time all contenders on one model, in turns."""
+    match = Match(timed_step)
+    try:
+        able = match.able(contenders(net, chunks, size, balances, grid))
+        runs: dict[str, Callable[[], float]] = {str(c): match.slowest(c) for c in able}
+        top = next(c for c in able if c.door == "ceiling")
+        stages = _Stages(match, top)
+        found = interleave(runs | {str(top): stages}, rounds)
+        return Measured(net, chunks, {c: found[str(c)] for c in able}, match.failed, stages.medians())
+    finally:
+        match.close()
+
+
+def label(contender: Contender) -> str:
+    """A contender in a table."""
+    if contender.door == "ceiling":
+        return "ceiling: all stages busy, no messages"
+    threads = "" if contender.threads == 1 else f", {contender.threads} threads"
+    keep = "" if contender.recompute == "never" else f", {_recompute(contender.recompute)}"
+    if contender.door == "plain":
+        return f"plain loop{threads or ', 1 thread'}{keep}"
+    stages = "" if contender.stages == STAGES else f", K={contender.stages}"
+    return f"{contender.door} {contender.schedule}{keep}{stages}{threads}"
+
+
+def _recompute(recompute: str | tuple[int, ...]) -> str:
+    if isinstance(recompute, tuple):
+        return f"keep {' '.join(map(str, recompute))}"
+    return {"cells": "checkpoint a cell", "stage": "checkpoint a stage"}.get(recompute, recompute)
+
+
+def table(about: Measured, size: str) -> Result:
+    """All contenders on one model."""
+    rows = []
+    rows_of_batch = NETS[size][about.net].rows
+    for contender, samples in about.samples.items():
+        seconds = samples.median
+        spread = f"{rows_of_batch / max(samples.clean):.1f} to {rows_of_batch / min(samples.clean):.1f}"
+        share = f"{about.bound / seconds:.3f}" if contender.stages > 1 else ""
+        balance = "+".join(map(str, contender.balance))
+        rows.append([label(contender), balance, f"{rows_of_batch / seconds:.1f}", spread, f"{seconds:.3f}", share])
+    rows += [[label(c), "+".join(map(str, c.balance)), "failed", why, "", ""] for c, why in about.failed.items()]
+    columns = ["contender", "balance", "samples/s", "spread", "s", "bound / s"]
+    return Result(f"{about.net}, M={about.chunks}: {NETS[size][about.net].about}", columns, rows)
+
+
+def summary(all_of_them: Sequence[Measured], size: str, note: str) -> Result:
+    """Our best beside the best peer, everywhere."""
+    rows = []
+    for about in all_of_them:
+        ours, theirs = about.best(("GPipe", "DistributedGPipe")), about.best(PEERS)
+        assert ours is not None, "our own pipes ran"
+        count = NETS[size][about.net].rows
+        row = [
+            f"{about.net}, M={about.chunks}",
+            label(ours[0]),
+            f"{count / ours[1]:.1f}",
+            f"{about.bound / ours[1]:.3f}",
         ]
-        for process in self._processes:
-            process.start()
-            own_process(process.pid or 0)
-
-    def run(self, chunks: int) -> float:
-        """Seconds until the slower of the two is done."""
-        for pipe in self._pipes:
-            pipe.send(chunks)
-        return max(pipe.recv() for pipe in self._pipes)
-
-    def close(self) -> None:
-        """End the processes."""
-        for pipe in self._pipes:
-            pipe.send(None)
-        for process in self._processes:
-            process.join()
+        if theirs is None:
+            rows.append([*row, "none ran", "", "", ""])
+            continue
+        share = f"{about.bound / theirs[1]:.3f}"
+        rows.append([*row, label(theirs[0]), f"{count / theirs[1]:.1f}", share, f"{theirs[1] / ours[1]:.3f}"])
+    columns = ["model", "our best", "samples/s", "bound / s", "best peer", "samples/s", "bound / s", "ours / peer's"]
+    return Result(f"Training steps, K={STAGES}, {STAGES} cores: samples a second", columns, rows, note)
 
 
-def main() -> None:
+def notes(found: Sequence[Balances]) -> str:
+    """How to read the tables, and what they do not show."""
+    return " ".join(
+        [
+            "Medians of runs in turns in the same two processes. Bound: seconds of the slowest stage on its own while "
+            "the other runs too (ceiling), and of one micro-batch on each other stage; even stages: ceiling x "
+            "(M+K-1)/M. Schedules that cut the backward in two may pass it. A step is forward, loss on every "
+            "micro-batch and backward, all activations kept unless said; the optimizer's step, alike for all, is not "
+            "in it.",
+            sources_note(found),
+            "Torchgpipe and fairscale's Pipe have one worker for all CPU devices and so cannot overlap stages here; "
+            "they get both cores as intra-op threads. That says nothing of them on GPUs. Nor is this about more than "
+            "two stages, links between hosts, or sizes at which kernels no longer fit a cache.",
+            missing_note(found[0].missing),
+        ]
+    ).strip()
+
+
+def figure(all_of_them: Sequence[Measured], size: str) -> None:
+    """Samples a second over those of the bound."""
+    names = [label(Contender(d, "", 0, size, (1, 1), s, r, t)) for d, s, r, t in (*OURS, *THEIRS)]
+    series: dict[str, list[float | None]] = {name: [] for name in names}
+    for about in all_of_them:
+        share = {label(c): about.bound / s.median for c, s in about.samples.items()}
+        for name, heights in series.items():
+            heights.append(share.get(name))
+    groups = [f"{about.net}\nM={about.chunks}" for about in all_of_them]
+    title = f"Speed of {STAGES} stages on {STAGES} cores, of ceiling x bound"
+    bars(harness.RESULTS / "throughput.svg", title, "bound / seconds", groups, series, line=1.0)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Read the arguments and measure."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--chunks", type=int, nargs="+", default=list(CHUNKS))
-    parser.add_argument("--engine", choices=["threads", "distributed"], default="threads")
-    parser.add_argument("--against", choices=["torch"], help="with --engine distributed: torch's pipeline runs too")
-    given = parser.parse_args()
+    options = parser(QUESTION, rounds=2, chunks=(8, 16))
+    options.add_argument("--grid", action="store_true", help="also K=1, and our other schedules and ways to recompute")
+    options.add_argument("--engine", choices=["threads", "distributed"], default="threads")
+    options.add_argument("--against", choices=["torch"], help="with --engine distributed: torch's pipeline runs too")
+    given = options.parse_args(argv)
     if given.engine == "distributed":
         from benchmarks.distributed import compare
 
         return compare(given.against == "torch", given.rounds, given.chunks)
     if given.against:
-        parser.error("--against torch compares ranks: give --engine distributed too")
-    on_threads(given.rounds, given.chunks)
+        options.error("--against torch compares ranks: give --engine distributed too")
+    across(given.models, given.chunks, given.size, given.grid, given.rounds)
 
 
-def on_threads(rounds: int, chunks: Sequence[int]) -> None:
-    """Measure and report the pipeline on threads.
+def across(nets: Sequence[str], chunks: Sequence[int], size: str, grid: bool, rounds: int) -> None:
+    """Measure and report all contenders on these models.
 
     Args:
-        rounds: Counted rounds.
+        nets: Names of the models.
         chunks: Numbers of micro-batches.
+        size: A key of ``NETS``.
+        grid: Whether our further settings run too.
+        rounds: Counted rounds.
     """
-    torch.set_num_threads(1)
-    x, y = data()
-    plain = layers(LAYERS)
-    ceiling = Ceiling()
-    contenders: dict[str, Callable[[], float]] = {}
-    for m in chunks:
-        contenders[f"plain loop, M={m}"] = timed(accumulate(plain, x, y, m))
-        contenders[f"GPipe K=1, M={m}"] = timed(piped(1, x, y, m))
-        contenders[f"GPipe K=2, M={m}"] = timed(piped(2, x, y, m))
-        contenders[f"ceiling, M={m}"] = lambda m=m: ceiling.run(m)  # type: ignore[misc]
-    samples = interleave(contenders, rounds)
-    ceiling.close()
-    rows = []
-    for m in chunks:
-        loop, one, two, best = (
-            samples[f"{name}, M={m}"].median for name in ("plain loop", "GPipe K=1", "GPipe K=2", "ceiling")
-        )
-        bound = best / (m / (m + STAGES - 1))
-        rows.append(
-            [
-                str(m),
-                *(f"{s:.3f}" for s in (loop, one, two, best)),
-                f"{one / loop:.3f}",
-                f"{loop / two:.2f}",
-                f"{bound / two:.3f}",
-            ]
-        )
-    columns = [
-        "M",
-        "plain loop s",
-        "K=1 s",
-        "K=2 s",
-        "ceiling s",
-        "K=1 / loop",
-        "K=2 speed-up",
-        "K=2 of ceiling x M/(M+1)",
-    ]
-    title = f"{LAYERS} Transformer layers, d {WIDTH}, sequence {SEQUENCE}, batch {BATCH}, one intra-op thread a stage"
-    report("throughput", [Result(title, columns, rows)], samples)
+    found: list[Measured] = []
+    balances: list[Balances] = []
+    for net in nets:
+        for m in chunks:
+            balances.append(Balances(NETS[size][net], m, STAGES))
+            found.append(measured(net, m, size, balances[-1], grid, rounds))
+    results = [summary(found, size, notes(balances)), *(table(about, size) for about in found)]
+    samples = {f"{a.net}, M={a.chunks}: {label(c)}": s for a in found for c, s in a.samples.items()}
+    report("throughput", results, samples)
+    figure(found, size)
 
 
 if __name__ == "__main__":

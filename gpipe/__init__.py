@@ -5,7 +5,7 @@ from gpipe.phase import is_checkpointing, is_recomputing
 from gpipe.pipe import GPipe
 from gpipe.recording import record
 from gpipe.rng import cell_seed
-from gpipe.saves import Restored, Saves
+from gpipe.saving.saves import Restored, Saves
 from gpipe.schedule import Action, Kind, Schedule, ScheduleError
 from gpipe.simulate import StageCost, simulate
 from gpipe.timeline import Span, Timeline

@@ -11,27 +11,27 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from gpipe import norms
-from gpipe.averaging import Averaging, equalise
 from gpipe.batchnorm import Statistics, commit, defer
 from gpipe.boundary import Boundary
-from gpipe.calls import Calls
 from gpipe.choosing import AnySchedule, chosen
 from gpipe.context import autocast_off, refuse_transforms
-from gpipe.flush import Flush, borrowed
 from gpipe.gradients import collected, trainable
-from gpipe.group_transport import GroupTransport
-from gpipe.joining import Settings, join
 from gpipe.loss import LossFunction, MicroBatchLoss, checked_loss
 from gpipe.microbatch import has_rows, moved, row_count, scatter, split_sizes
 from gpipe.minibatch import Finished
-from gpipe.rank_batch import RankBatch, deliver, gradients_of, outputs_with_graph
+from gpipe.ranks import norms
+from gpipe.ranks.averaging import Averaging, equalise
+from gpipe.ranks.calls import Calls
+from gpipe.ranks.flush import Flush, borrowed
+from gpipe.ranks.group_transport import GroupTransport
+from gpipe.ranks.joining import Settings, join
+from gpipe.ranks.rank_batch import RankBatch, deliver, gradients_of, outputs_with_graph
+from gpipe.ranks.relay import Relay
+from gpipe.ranks.slice_module import SliceModule
+from gpipe.ranks.slicing import Factory
 from gpipe.recording import Recording
-from gpipe.relay import Relay
 from gpipe.schedule import Schedule
 from gpipe.settings import Checkpoint, kept_micro_batches
-from gpipe.slice_module import SliceModule
-from gpipe.slicing import Factory
 from gpipe.timeline import Timeline
 
 _pipes = count()  # of this process; ranks make their pipes in the same order
@@ -49,7 +49,8 @@ class DistributedGPipe(SliceModule):
     Args:
         module: As for ``GPipe``: it is taken over, and other ranks' parameters are removed from it. Or a callable
             without arguments that makes it: it is called on the meta device, and the own slice alone gets memory and
-            initial values, every cell from a seed of its own (``gpipe.slicing.initialised`` makes the same as a whole).
+            initial values, every cell from a seed of its own (``gpipe.ranks.slicing.initialised`` makes the same as a
+            whole).
         balance: Number of cells of every stage. None divides by parameter count.
         chunks: Number of micro-batches M; a mini-batch of fewer rows is split into its rows.
         loss_fn: ``loss_fn(outputs, targets)`` gives one number, on the last stage's rank. A module's parameters are
@@ -160,8 +161,7 @@ class DistributedGPipe(SliceModule):
             told = relay.all_done({} if mine is None else {self._share.position.replica: (mine.cpu(), rows)})
             flush.end(sum(count for _, count in told.values()))
             self._commit()
-            if self._averaging is not None:
-                equalise([b for m in self._modules_here for b in m.buffers()], self._share.position)
+            self._equalise_buffers()
             transport.flush()
             deliver(done, parts)
             self.step += self.training
@@ -209,12 +209,20 @@ class DistributedGPipe(SliceModule):
             OtherRankFailed, RuntimeError, BaseException: As ``train_step``.
         """
         with self._calls.running(self.step) as transport, torch.no_grad():
-            rows = self._started(Relay(self._share.position, transport), "forward", inputs)
+            relay = Relay(self._share.position, transport)
+            rows = self._started(relay, "forward", inputs)
+            equal = self.training and self._averaging is not None
+            if equal:
+                relay.will_be_done()
             batch = self._batch(transport, rows, None, [])
             outputs = batch.forward([Boundary.of(part) for part in self._parts(inputs)])
-            self.step += self.training
-            transport.flush()
+            if equal:
+                relay.all_done({})
             self._commit()
+            if equal:
+                self._equalise_buffers()
+            transport.flush()
+            self.step += self.training
             return None if outputs is None else batch.gathered([output.tree() for output in outputs])
 
     def eval_step(self, inputs: Any = None) -> Any:
@@ -264,6 +272,11 @@ class DistributedGPipe(SliceModule):
         if self._statistics:
             commit(self._statistics)
             self._statistics.clear()
+
+    def _equalise_buffers(self) -> None:
+        """Give the first replica's to the others, once all ranks have run their cells: none is waited for in vain."""
+        if self._averaging is not None:
+            equalise([b for m in self._modules_here for b in m.buffers()], self._share.position)
 
     def _head(self, targets: Any, rows: int) -> MicroBatchLoss:
         sizes, there = split_sizes(rows, self.chunks), moved(targets, self.device)
@@ -346,6 +359,7 @@ class DistributedGPipe(SliceModule):
 def _mean(told: Mapping[int, tuple[Tensor, int]]) -> Tensor:
     """The loss over all rows, from every replica's and its number of rows."""
     shares = [told[replica] for replica in sorted(told)]
+    shares = [(loss, rows) for loss, rows in shares if rows] or shares[:1]  # a mean over no rows is no number
     if len(shares) == 1:
         return shares[0][0]
     return torch.stack([loss * rows for loss, rows in shares]).sum() / sum(rows for _, rows in shares)

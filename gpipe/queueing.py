@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpipe import schedules
 from gpipe.actions import Action, Kind
-from gpipe.costs import StageCost
+from gpipe.costs import StageCost, divided_costs
 from gpipe.partitioning.cost import CellCost
 from gpipe.partitioning.infeasible import Infeasible
 from gpipe.partitioning.partition import Partition, StagePlan
@@ -80,28 +81,48 @@ def waiting_bytes(partition: Partition, costs: Sequence[CellCost], input_bytes: 
     )
     spent = [StageCost(s.forward_seconds, s.backward_seconds, 0.0) for s in partition.stages]
     spans = {a: (start, end) for worker in simulate(schedule, spent).workers for a, start, end in worker}
-    last_first = range(partition.micro_batches)[::-1]
+    divided = divided_costs(costs, partition.balance)
     found, end = [], 0
     for k, stage in enumerate(partition.stages):
         end += stage.cells
         if k + 1 == len(partition.stages):
             found.append(0)
             continue
-        arrived = [spans[Action(k + 1, Kind.BACKWARD, m)][1] for m in last_first]
-        done = [spans[Action(k, Kind.BACKWARD, m)][1] for m in last_first]
+        done = _ends(spans, k, partition.micro_batches)
         entering = costs[end - stage.cells - 1].boundary_bytes if k else input_bytes
-        found.append(_worst(arrived, done, costs[end - 1].boundary_bytes, entering, stage))
+        entering += sum(skip.value_bytes for skip in divided[k].skips)
+        queues = [_Queue(_ends(spans, k + 1, partition.micro_batches), costs[end - 1].boundary_bytes)]
+        queues += [
+            _Queue(_ends(spans, target, partition.micro_batches), skip.gradient_bytes)
+            for target, cost in enumerate(divided)
+            for skip in cost.skips
+            if skip.source == k
+        ]
+        found.append(_worst(queues, done, entering, stage))
     return found
 
 
-def _worst(arrived: list[float], done: list[float], gradient: int, entering: int, stage: StagePlan) -> int:
-    """The gradient of the backward that runs is in the account already."""
-    worst, there = 0, 0
+class _Queue(NamedTuple):
+    """Gradients that come from one stage: when, and the bytes of one of them."""
+
+    arrived: list[float]
+    gradient: int
+
+    def waiting(self, i: int, now: float) -> int:
+        """Bytes that wait while backward ``i`` runs, whose own gradient is in the account already."""
+        return max(0, bisect_left(self.arrived, now * (1 - _ROUNDING)) - i - 1) * self.gradient
+
+
+def _ends(spans: Mapping[Action, tuple[float, float]], k: int, micro_batches: int) -> list[float]:
+    """When the backwards of stage ``k`` end, the last micro-batch first."""
+    return [spans[Action(k, Kind.BACKWARD, m)][1] for m in reversed(range(micro_batches))]
+
+
+def _worst(queues: Sequence[_Queue], done: Sequence[float], entering: int, stage: StagePlan) -> int:
+    worst = 0
     for i, now in enumerate(done):
-        while there < len(arrived) and arrived[there] < now * (1 - _ROUNDING):
-            there += 1
         freed = i * entering + min(i, max(stage.keep - 1, 0)) * stage.further_bytes
-        worst = max(worst, (there - i - 1) * gradient - freed)
+        worst = max(worst, sum(queue.waiting(i, now) for queue in queues) - freed)
     return worst
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpipe.actions import B, F, I, R, W
-from gpipe.costs import Link, StageCost, seconds, stage_costs, stage_links, whole_bytes
+from gpipe.costs import Link, SkipIn, StageCost, seconds, stage_costs, stage_links, whole_bytes
 from gpipe.order import NEVER, Order
 from gpipe.schedule import Schedule
 from gpipe.timeline import Flush, Memory, Spans, Timeline, Transfers
@@ -44,13 +44,16 @@ def simulate(
 
     A message leaves when its action has ended and the link is free, occupies the link for bytes / bandwidth, and
     arrives latency later. Each two neighbouring stages have a link of their own, and each direction is independent;
-    stages on the same worker hand over at no cost. Links do not slow computation down.
+    stages on the same worker hand over at no cost. Links do not slow computation down. What skips stages goes over the
+    links of all stages on its way, together with their outputs.
 
     A stage holds ``static_bytes_per_param`` times its parameters, of which the gradients from the end of its first B or
     I on, as after ``zero_grad()``; the input of a micro-batch from its arrival until its B or I has ended (the first
     stage all of them from time 0); activations from the start of F, or of R where the micro-batch is recomputed, until
     B or W has ended; those of a forward that drops them while it runs; the gradient of its output from its arrival
-    until B or I starts; and its workspace while it runs an action.
+    until B or I starts; and its workspace while it runs an action. What skips stages is held by the one that takes it,
+    from the end of the F that gives it until the end of the F or R that records it, and what autograd keeps of it until
+    B or I has ended; from then on its gradient by the one that gave it, until B or I has ended there too.
 
     Args:
         schedule: What the workers do.
@@ -124,13 +127,24 @@ def _wires(order: Order, costs: Sequence[StageCost], links: Sequence[Link] | Non
     host = np.zeros(len(costs), dtype=np.int64)
     host[order.actions.stage] = _worker(order)
     wires = _Wires(*(np.zeros((2, len(costs)), dtype=kind) for kind in (float, float, bool)))
+    skipping = _skipping(costs)
     for k, (latency, bandwidth) in enumerate(links):
         if host[k] != host[k + 1]:
             ends = ([_FORWARD, _BACKWARD], [k, k + 1])
-            wires.occupied[ends] = costs[k].boundary_bytes / bandwidth
+            wires.occupied[ends] = (costs[k].boundary_bytes + skipping[k]) / bandwidth
             wires.latency[ends] = latency
             wires.real[ends] = True
     return wires
+
+
+def _skipping(costs: Sequence[StageCost]) -> list[int]:
+    """Per stage the bytes that come from it or from stages before, and go beyond it, beside its output."""
+    passing = [0] * len(costs)
+    for k, cost in enumerate(costs):
+        for skip in cost.skips:
+            for between in range(skip.source, k):
+                passing[between] += skip.value_bytes
+    return passing
 
 
 def _worker(order: Order) -> Ints:
@@ -193,9 +207,11 @@ def _memory(order: Order, run: _Run, costs: Sequence[StageCost], input_bytes: in
     entering = [input_bytes, *(cost.boundary_bytes for cost in costs)]
     gradients = min(max(factor - 1, 0.0), 1.0)  # of the factor, the part that is there only once they are made
     memory = []
+    skipping = [hold for k, cost in enumerate(costs) for skip in cost.skips for hold in _skips(order, run, k, skip)]
     for k, cost in enumerate(costs):
         made = math.floor(gradients * cost.parameter_bytes)
         holds = _holds(order, run, k, entering[k], cost, k + 1 == len(costs))
+        holds += [hold for stage, hold in skipping if stage == k]
         static = math.ceil(factor * cost.parameter_bytes) - made
         kept = [(_first_backward(order, run, k), made)]
         memory.append(Memory.of_changes(static, [hold for hold in holds if hold[2]], kept))
@@ -208,12 +224,34 @@ def _first_backward(order: Order, run: _Run, k: int) -> float:
     return float(run.end[at[at != NEVER]].min())
 
 
-def _holds(
-    order: Order, run: _Run, k: int, entering: int, cost: StageCost, last: bool
-) -> list[tuple[Floats, Floats, int]]:
-    """What stage ``k`` holds beside its parameters: from when, until when, how many bytes; an entry per micro-batch."""
+_Hold = tuple[Floats, Floats, int]
+"""From when, until when, and how many bytes; an entry per micro-batch."""
+
+
+def _skips(order: Order, run: _Run, k: int, skip: SkipIn) -> list[tuple[int, _Hold]]:
+    """What is held, and by which stage, because ``k`` gets something from a stage further back."""
+    at, source = order.at[:, k], order.at[:, skip.source]
+    used = run.end[np.where(at[R] == NEVER, at[F], at[R])]
+    done = run.end[_backwards(at)]
+    again = at[F][at[R] != NEVER]  # such a forward works on a copy
+    return [
+        (k, (run.end[source[F]], used, skip.value_bytes)),
+        (k, (used, done, skip.kept_bytes)),
+        (skip.source, (done, run.end[_backwards(source)], skip.gradient_bytes)),
+        (k, (run.start[again], run.end[again], skip.value_bytes)),
+    ]
+
+
+def _backwards(at: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Of every micro-batch the B or I on a stage."""
+    found: NDArray[np.int32] = np.where(at[B] == NEVER, at[I], at[B])
+    return found
+
+
+def _holds(order: Order, run: _Run, k: int, entering: int, cost: StageCost, last: bool) -> list[_Hold]:
+    """What stage ``k`` holds beside its parameters and what skips stages."""
     at = order.at[:, k]
-    backward = np.where(at[B] == NEVER, at[I], at[B])
+    backward = _backwards(at)
     done = run.end[np.where(at[W] == NEVER, at[B], at[W])]
     dropped = at[R] != NEVER
     again = at[F][dropped]

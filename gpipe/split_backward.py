@@ -148,9 +148,9 @@ _LAYERS: dict[str, tuple[int, Callable[[Any], Callable[[Tensor], Tensor]]]] = {
 
 
 def _walked(roots: Sequence[Node]) -> tuple[list[Node], Counter[Node]]:
-    """All nodes of a graph, from the outputs on, and by how many edges each is reached."""
+    """All nodes of a graph, from the outputs on, and by how many edges each is reached, outputs being reached too."""
     nodes: dict[Node, None] = {}
-    uses: Counter[Node] = Counter()
+    uses = Counter(roots)
     waiting = list(reversed(roots))
     while waiting:
         node = waiting.pop()

@@ -314,7 +314,7 @@ class Flight:
                     value = self.head(phase.micro_batch, value)
         self._running = None
         self._observed = True
-        return [value, *carrier.leaving()]
+        return [value, *carrier.bundles()]
 
     @property
     def cell(self) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gpipe.boundary import Boundary
 from gpipe.memory import by_storage
-from gpipe.partitioning.skips import Hands, Key, Skip
+from gpipe.partitioning.skips import Key, PartCarrier, Skip
 
 Bundle = tuple[int, tuple[Key, ...]]
 """Another stage, and the values that come from it, or go to it, in one message."""
@@ -63,7 +63,7 @@ def ways_of(skips: Sequence[Skip], balance: Sequence[int]) -> list[Ways]:
     ]
 
 
-class StageCarrier(Hands):
+class StageCarrier(PartCarrier):
     """Carries the values of one micro-batch through a stage: in from others, within, and out to others.
 
     Args:
@@ -72,21 +72,13 @@ class StageCarrier(Hands):
     """
 
     def __init__(self, ways: Ways, arrived: Sequence[Sequence[Tensor | None]]) -> None:
-        super().__init__()
+        bundles = zip(ways.incoming, arrived, strict=True)
+        super().__init__({k: v for (_, keys), values in bundles for k, v in zip(keys, values, strict=True)})
         self._ways = ways
-        self._arrived = {
-            key: value
-            for (_, keys), values in zip(ways.incoming, arrived, strict=True)
-            for key, value in zip(keys, values, strict=True)
-        }
 
-    def take(self, key: Key) -> Tensor | None:
-        """As ``Hands``, or what came from another stage."""
-        return self._arrived.pop(key) if key in self._arrived else super().take(key)
-
-    def leaving(self) -> list[tuple[Tensor | None, ...]]:
+    def bundles(self) -> list[tuple[Tensor | None, ...]]:
         """For every bundle that goes out its values."""
-        return [tuple(super(StageCarrier, self).take(key) for key in keys) for _, keys in self._ways.outgoing]
+        return [tuple(self.leaving(keys)) for _, keys in self._ways.outgoing]
 
 
 def in_own_memory(parts: Sequence[Boundary]) -> list[Boundary]:

@@ -56,11 +56,11 @@ def load_weights(
     weights = read_weights(path)
     if loss is None:
         weights = {name: weight for name, weight in weights.items() if name not in _OF_THE_LOSS}
-    losses = {} if loss is None else loss.state_dict()
-    _check(path, weights, model.state_dict() | losses)
-    model.load_state_dict({name: weight for name, weight in weights.items() if name not in losses})
-    if loss is not None:
-        loss.load_state_dict({name: weights[name] for name in losses})
+    own = model.state_dict() | ({} if loss is None else loss.state_dict())
+    _check(path, weights, own)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
 
 
 def read_weights(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -152,7 +152,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError) as error:
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0] or type(error).__name__
+        cause = error.__context__ or error  # torch wraps what it found in advice to load the file nevertheless
+        reason = str(cause).partition("\n")[0] or type(cause).__name__
         raise ValueError(
             f"expected a file of nothing but tensors, given {path}, which would run code or is damaged ({reason}); get "
             "the weights as safetensors, or convert the file where you trust what is in it"

@@ -55,6 +55,12 @@ def _checked_cells(costs: Sequence[CellCost]) -> int:
         raise ValueError(f"costs: expected a sequence of CellCost, got {type(wrong[0]).__name__} among them")
     if not len(costs):
         raise ValueError("costs: expected at least one cell, got none: there is nothing to divide")
+    for i, cost in enumerate(costs):
+        if cost.skips and (furthest := max(skip.cells_on for skip in cost.skips)) >= len(costs) - i:
+            raise ValueError(
+                f"costs: cell {cost.name!r} stashes a value for a cell {furthest} further on, but only "
+                f"{len(costs) - i - 1} follow it: give the costs of all cells"
+            )
     return len(costs)
 
 
@@ -132,6 +138,7 @@ def _check_range(problem: Problem) -> None:
     """Refuse sums that 64 bits do not hold."""
     cells = problem.cells
     largest = sum(cell.activation_bytes + cell.workspace_bytes for cell in cells) + problem.input_bytes
+    largest += sum(skip.value_bytes + skip.handed_on_bytes + skip.passing for cell in cells for skip in cell.skips)
     largest = (largest + max(cell.boundary_bytes for cell in cells)) * problem.micro_batches
     largest += math.ceil(problem.static * sum(cell.parameter_bytes for cell in cells))
     if largest >= NO_LIMIT // 2 or not math.isfinite(problem.forward[-1] + problem.backward[-1]):

@@ -14,6 +14,55 @@ _VERSION = 1
 
 
 @dataclass(frozen=True)
+class SkipCost:
+    """Bytes of a value that a cell stashes and a later one pops, for one micro-batch.
+
+    Attributes:
+        cells_on: How many cells further on it is popped: 1 for the next cell.
+        value_bytes: What is sent where that cell belongs to another stage.
+        kept_bytes: Of that, what autograd keeps for the cell that pops it. None if not known: all of it.
+        handed_on_bytes: What only that cell's graph keeps: activations of a stage that both cells belong to.
+        gradient_bytes: Its gradient, as it is sent back. None if not known: as large as the value.
+        gradient_storage_bytes: What holds that where it is computed, often with others. None if not known: as much.
+
+    Raises:
+        ValueError: A number is negative, not finite, or no number; bytes are not whole; ``cells_on`` is not at least 1.
+    """
+
+    cells_on: int
+    value_bytes: int
+    kept_bytes: int | None = None
+    handed_on_bytes: int = 0
+    gradient_bytes: int | None = None
+    gradient_storage_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            object.__setattr__(self, field.name, _number(f"skip: {field.name}", value, whole=True))
+        if self.cells_on < 1:
+            raise ValueError(f"skip: cells_on: expected 1 or more, got {self.cells_on}: only a later cell can pop it")
+
+    @property
+    def kept(self) -> int:
+        """Of the value what autograd keeps for the cell that pops it, in bytes."""
+        return self.value_bytes if self.kept_bytes is None else min(self.kept_bytes, self.value_bytes)
+
+    @property
+    def gradient(self) -> int:
+        """Its gradient as it is sent back, in bytes."""
+        return self.value_bytes if self.gradient_bytes is None else self.gradient_bytes
+
+    @property
+    def passing(self) -> int:
+        """What waits while cells run that it passes over, the value or what holds its gradient, in bytes."""
+        storage = self.gradient if self.gradient_storage_bytes is None else self.gradient_storage_bytes
+        return max(self.value_bytes, storage)
+
+
+@dataclass(frozen=True)
 class CellCost:
     """Seconds and bytes of one cell, for one micro-batch.
 
@@ -34,6 +83,7 @@ class CellCost:
         kept_input_bytes: Of the cell's input, what autograd keeps for the cell. None if not known: all of it.
         handed_on_bytes: Of ``activation_bytes``, the output as far as only the next cell's graph keeps it: it does not
             stay if that cell belongs to another stage.
+        skips: What it stashes for later cells.
 
     Raises:
         ValueError: A number is negative, not finite, or no number; bytes are not whole.
@@ -48,8 +98,12 @@ class CellCost:
     workspace_bytes: int = 0
     kept_input_bytes: int | None = None
     handed_on_bytes: int = 0
+    skips: tuple[SkipCost, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "skips", tuple(self.skips))
+        if wrong := [skip for skip in self.skips if not isinstance(skip, SkipCost)]:
+            raise ValueError(f"cell {self.name!r}: skips: expected SkipCosts, got {_brief(wrong[0])} among them")
         for key in _NUMBERS:
             if key == "kept_input_bytes" and self.kept_input_bytes is None:
                 continue
@@ -57,7 +111,7 @@ class CellCost:
             object.__setattr__(self, key, _number(f"cell {self.name!r}: {key}", getattr(self, key), whole))
 
 
-_NUMBERS = tuple(field.name for field in fields(CellCost) if field.name != "name")
+_NUMBERS = tuple(field.name for field in fields(CellCost) if field.name not in ("name", "skips"))
 
 
 @dataclass(frozen=True)
@@ -116,7 +170,7 @@ def save_costs(
     profile = Profile(tuple(costs), input_bytes, micro_batch_rows, device)
     head = {"format": _FORMAT, "version": _VERSION}
     about = {key: value for key, value in asdict(profile).items() if key != "cells" and value is not None}
-    cells = [asdict(cell) for cell in profile.cells]
+    cells = [{k: v for k, v in asdict(cell).items() if k != "skips" or v} for cell in profile.cells]
     text = yaml.safe_dump({**head, **about, "cells": cells}, sort_keys=False)
     Path(path).write_text(text, encoding="utf-8")
 
@@ -169,15 +223,30 @@ def _cell(index: int, content: Any) -> CellCost:
     if not isinstance(content, Mapping):
         raise ValueError(f"cells[{index}]: expected keys and values, got {_brief(content)}")
     where = f"cells[{index}] ({content.get('name', 'unnamed')!r})"
-    optional = ["workspace_bytes", "kept_input_bytes", "handed_on_bytes"]
+    optional = ["workspace_bytes", "kept_input_bytes", "handed_on_bytes", "skips"]
     required = [field.name for field in fields(CellCost) if field.name not in optional]
     _check_keys(where, content, required, allowed=optional)
     if not isinstance(content["name"], str):
         raise ValueError(f"{where}: name: expected text, got {content['name']!r}: put it in quotes")
+    skips = _skips(where, content.get("skips", []))
     try:
-        return CellCost(**content)
+        return CellCost(**{**content, "skips": skips})
     except ValueError as error:
         raise ValueError(f"cells[{index}]: {error}") from error
+
+
+def _skips(where: str, content: Any) -> tuple[SkipCost, ...]:
+    if not isinstance(content, list):
+        raise ValueError(f"{where}: skips: expected a list, got {_brief(content)}")
+    names = [field.name for field in fields(SkipCost)]
+    for skip in content:
+        if not isinstance(skip, Mapping):
+            raise ValueError(f"{where}: skips: expected keys and values, got {_brief(skip)}")
+        _check_keys(f"{where}: skips", skip, names[:2], names[2:])
+    try:
+        return tuple(SkipCost(**skip) for skip in content)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _check_keys(where: str, content: Mapping[Any, Any], required: Sequence[str], allowed: Sequence[str]) -> None:

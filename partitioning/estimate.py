@@ -18,9 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from gpipe.partitioning.alone import Alone, Passed, Waiting, alone, cut
 from gpipe.partitioning.cells import cells_of
 from gpipe.partitioning.cost import CellCost
-from gpipe.partitioning.footprint import Footprint, Owned, footprint, opened, owned_bytes
+from gpipe.partitioning.footprint import Footprint, footprint, opened
+from gpipe.partitioning.owned import Owned, owned_bytes
 from gpipe.partitioning.sample import first_micro_batch
 
 
@@ -59,30 +61,34 @@ def estimate(module: nn.Module, sample_spec: Any, *, speed: Speed, chunks: int =
 
     Raises:
         ValueError: The module is empty, or ``sample_spec`` cannot be used.
+        TypeError: Declarations of stashes and pops do not match.
         Exception: What a cell raised, with a note that names it.
     """
-    cells = cells_of(module)
+    cells = alone(cells_of(module))
     if not cells:
         raise ValueError("there is nothing to estimate: the module has no cells")
     fake = FakeTensorMode()
     value = tree_map_only(Tensor, partial(_faked, fake), first_micro_batch(sample_spec, chunks))
-    known: dict[Hashable, tuple[_Estimate, Any]] = {}
+    waiting: Waiting = {}
+    known: dict[Hashable, tuple[_Estimate, Passed]] = {}
     found: list[_Estimate] = []
-    for i, (name, cell) in enumerate(cells):
-        key = (_signature(cell), _shapes(value))
+    for cell in cells:
+        entered = cell.entered(value, waiting)
+        key = _signature(cell.cell), _shapes(entered), len(cell.stashes)
         if key not in known:
             try:
                 with fake:
-                    known[key] = _estimate(_without_values(fake, cell), value)
+                    known[key] = _estimate(_without_values(fake, cell), entered)
             except BaseException as error:
-                error.add_note(f"gpipe: raised while estimating cell {i} ({name!r}, {type(cell).__name__})")
+                error.add_note(f"gpipe: raised while estimating {cell}")
                 raise
-        estimated, value = known[key]
+        estimated, left = known[key]
+        value = cell.went_on(left, waiting)
         found.append(estimated)
-    owned = owned_bytes([e.footprint for e in found])
+    owned = owned_bytes(cells, [e.footprint for e in found])
     return [
-        e.cost(name, bytes_, sum(p.numel() * p.element_size() for p in cell.parameters()), speed)
-        for e, bytes_, (name, cell) in zip(found, owned, cells, strict=True)
+        e.cost(cell.name, bytes_, sum(p.numel() * p.element_size() for p in cell.parameters()), speed)
+        for e, bytes_, cell in zip(found, owned, cells, strict=True)
     ]
 
 
@@ -103,17 +109,16 @@ class _Estimate:
         )
 
 
-def _estimate(cell: nn.Module, value: Any) -> tuple[_Estimate, Any]:
+def _estimate(cell: Alone, entered: Passed) -> tuple[_Estimate, Passed]:
     with FlopCounterMode(display=False) as forward:
-        output = cell(opened(value))
-    roots = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+        left = cell(opened(entered))
+    roots = [t for t in tree_leaves(left) if isinstance(t, Tensor) and t.requires_grad]
     with FlopCounterMode(display=False) as backward:
         if roots:
             torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
-    del output, roots
-    found, output = footprint(cell, value, torch.device("cpu"))
-    cut = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), output)
-    return _Estimate(forward.get_total_flops(), backward.get_total_flops(), found), cut
+    del left, roots
+    found, left = footprint(cell, entered, torch.device("cpu"))
+    return _Estimate(forward.get_total_flops(), backward.get_total_flops(), found), cut(left)
 
 
 def _faked(fake: FakeTensorMode, tensor: Tensor) -> Tensor:
@@ -121,7 +126,7 @@ def _faked(fake: FakeTensorMode, tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
 
 
-def _without_values(fake: FakeTensorMode, cell: nn.Module) -> nn.Module:
+def _without_values(fake: FakeTensorMode, cell: Alone) -> Alone:
     """A copy of ``cell`` with fake tensors for its own."""
     memo: dict[int, Any] = {id(p): nn.Parameter(_faked(fake, p), p.requires_grad) for p in cell.parameters()}
     return copy.deepcopy(cell, memo | {id(b): _faked(fake, b) for b in cell.buffers()})

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpipe.partitioning.bottleneck import Scores, best_of_first, cuts_from, widest
+from gpipe.partitioning.cost import SkipCost
 from gpipe.partitioning.problem import NO_LIMIT, Floats, Ints, Problem
 from gpipe.partitioning.search import first_division
 from gpipe.partitioning.units import readable_bytes
@@ -178,8 +179,20 @@ def _with_stages(problem: Problem, stages: int) -> Problem:
 def _without_activations(problem: Problem) -> Problem:
     """What is left of a problem as its micro-batches become ever smaller and more."""
     part = 1 if problem.schedule == "gpipe" else 0  # GPipe holds the inputs of all micro-batches, 1F1B of a few
+
+    def bare(skip: SkipCost) -> SkipCost:
+        return replace(
+            skip, value_bytes=part * skip.value_bytes, handed_on_bytes=0, gradient_bytes=0, gradient_storage_bytes=0
+        )
+
     cells = [
-        replace(cell, activation_bytes=0, workspace_bytes=0, boundary_bytes=part * cell.boundary_bytes)
+        replace(
+            cell,
+            activation_bytes=0,
+            workspace_bytes=0,
+            boundary_bytes=part * cell.boundary_bytes,
+            skips=tuple(bare(skip) for skip in cell.skips),
+        )
         for cell in problem.cells
     ]
     return replace(problem, cells=cells)
@@ -189,14 +202,28 @@ def _with_micro_batches(problem: Problem, micro_batches: int) -> Problem:
     def smaller(count: int) -> int:
         return -(-count * problem.micro_batches // micro_batches)
 
+    def less_known(count: int | None) -> int | None:
+        return None if count is None else smaller(count)
+
+    def less(skip: SkipCost) -> SkipCost:
+        return replace(
+            skip,
+            value_bytes=smaller(skip.value_bytes),
+            kept_bytes=less_known(skip.kept_bytes),
+            handed_on_bytes=smaller(skip.handed_on_bytes),
+            gradient_bytes=less_known(skip.gradient_bytes),
+            gradient_storage_bytes=less_known(skip.gradient_storage_bytes),
+        )
+
     cells = [
         replace(
             cell,
             activation_bytes=smaller(cell.activation_bytes),
             boundary_bytes=smaller(cell.boundary_bytes),
             workspace_bytes=smaller(cell.workspace_bytes),
-            kept_input_bytes=None if cell.kept_input_bytes is None else smaller(cell.kept_input_bytes),
+            kept_input_bytes=less_known(cell.kept_input_bytes),
             handed_on_bytes=smaller(cell.handed_on_bytes),
+            skips=tuple(less(skip) for skip in cell.skips),
         )
         for cell in problem.cells
     ]

@@ -22,9 +22,10 @@ class StagePlan:
         in_flight: Micro-batches that are forward and not yet backward, at most.
         forward_seconds: One forward, or one recompute.
         backward_seconds: One backward, without recompute.
-        arrival_seconds: What the input takes from the stage before.
+        arrival_seconds: What the input takes from the stage before, with values that skip stages on their way.
         static_bytes: Parameters, gradients and optimizer state.
-        input_bytes: The inputs that lie on the device, and gradients that wait there if they are known.
+        input_bytes: The inputs that lie on the device, values that skipped stages among them, and gradients that wait
+            there if they are known.
         output_bytes: The model's outputs and their gradients, on the last stage.
         activation_bytes: What autograd keeps of all micro-batches.
         further_bytes: What keeping one more micro-batch adds.

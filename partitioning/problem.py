@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpipe.partitioning.cost import CellCost
+from gpipe.partitioning.skip_totals import SkipTotals
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -123,6 +124,11 @@ class Problem:
         """Bytes of one micro-batch that enter a stage whose first cell is n, n = 0..N-1."""
         return np.array([self.input_bytes, *(cell.boundary_bytes for cell in self.cells[:-1])], dtype=np.int64)
 
+    @cached_property
+    def skips(self) -> SkipTotals | None:
+        """What skips cells; None where nothing does."""
+        return SkipTotals(self.cells) if any(cell.skips for cell in self.cells) else None
+
     @property
     def _outputs(self) -> int:
         """Bytes of the model's outputs for the mini-batch, and of their gradients."""
@@ -142,9 +148,10 @@ class Problem:
 
     @cached_property
     def _running(self) -> RangeMaximum:
-        """Bytes of every cell while it runs, and of the activations of all cells up to it."""
+        """Bytes of every cell while it runs, of what passes over it, and of the activations of all cells up to it."""
         workspaces = np.array([cell.workspace_bytes for cell in self.cells], dtype=np.int64)
-        return RangeMaximum(self.activations[1:] + workspaces)
+        passing = 0 if self.skips is None else self.skips.passing
+        return RangeMaximum(self.activations[1:] + workspaces + passing)
 
     @cached_property
     def _running_first(self) -> RangeMaximum:
@@ -175,6 +182,11 @@ class Problem:
             return self.micro_batches
         return min(self.stages - k + 1, self.micro_batches)
 
+    @property
+    def skips_held(self) -> int:
+        """Values of one name that wait on the device of the stage that pops it at most, from whichever stage."""
+        return self.in_flight(0)
+
     def bytes(self, k: int, first: Ints, end: Ints, keep: Ints) -> StageBytes:
         """What stage ``k`` holds at its peak.
 
@@ -187,15 +199,19 @@ class Problem:
 
         The last stage holds the whole mini-batch's outputs and their gradients, unless 1F1B has every micro-batch's
         loss computed there and then.
+
+        A value that skips stages lies where it is popped, as a part of that stage's input which may come early. Within
+        a stage it belongs to its graph; while cells run that it passes over, it, or its gradient, waits.
         """
         one = self._one(first, end)
+        skipped = 0 if self.skips is None else self.skips.entering(first, end)
         more = np.clip(self._at_once(keep), 1, self.in_flight(k)) - 1
         further = np.where(more > 0, self.further_bytes(first, end), 0)
         static = np.ceil(self.static * (self.parameters[end] - self.parameters[first])).astype(np.int64)
-        traded = np.minimum(one, self.entering[first] - self.kept_input[first])
+        traded = np.minimum(one, self._let_go(first, end))
         return StageBytes(
             static=static - self._pending(k, first, end, further),
-            inputs=self.inputs_held(k) * self.entering[first] - more * traded,
+            inputs=self.inputs_held(k) * self.entering[first] + self.skips_held * skipped - more * traded,
             outputs=np.where((self.schedule == "gpipe") & (end == self.count), self._outputs, 0),
             activations=(1 + more) * one,
             workspace=self._workspace(first, end),
@@ -234,18 +250,35 @@ class Problem:
 
     def further_bytes(self, first: Ints, end: Ints) -> Ints:
         """What every kept micro-batch but the first adds to the peak of a stage."""
-        further: Ints = np.maximum(self._one(first, end) + self.kept_input[first] - self.entering[first], 0)
+        further: Ints = np.maximum(self._one(first, end) - self._let_go(first, end), 0)
         return further
+
+    def _entering(self, first: Ints, end: Ints) -> Ints:
+        """Bytes of one micro-batch that enter a stage, from the one before it and from those further back."""
+        boundary: Ints = self.entering[first]
+        return boundary if self.skips is None else boundary + self.skips.entering(first, end)
+
+    def _let_go(self, first: Ints, end: Ints) -> Ints:
+        """What of that autograd does not keep, if the stage does not recompute."""
+        boundary: Ints = self.entering[first] - self.kept_input[first]
+        return boundary if self.skips is None else boundary + self.skips.let_go(first, end)
 
     def _one(self, first: Ints, end: Ints) -> Ints:
         """Activations of one micro-batch; the output, if only the next stage's cell wants it, is not among them."""
-        one: Ints = self.activations[end] - self.activations[first] - self.handed_on[end - 1]
-        return one
+        one = self._of_cells(first, end)
+        return one if self.skips is None else one + self.skips.handed_on(first, end)
+
+    def _of_cells(self, first: Ints, end: Ints) -> Ints:
+        """The same without what only the graphs of cells further on keep."""
+        own: Ints = self.activations[end] - self.activations[first] - self.handed_on[end - 1]
+        return own
 
     def _workspace(self, first: Ints, end: Ints) -> Ints:
         """Beyond all activations: a cell's workspace is needed while those of the cells after it are not there."""
         most = self._running(first, end) - self.activations[first]
-        beyond: Ints = np.maximum(most - self._one(first, end), 0)
+        if self.skips is not None:
+            most = most - self.skips.over(first, end)
+        beyond: Ints = np.maximum(most - self._of_cells(first, end), 0)
         return beyond
 
     def _pending(self, k: int, first: Ints, end: Ints, further: Ints) -> Ints:
@@ -264,15 +297,19 @@ class Problem:
         pending: Ints = self._running(first, end) + gradients - first_backward
         if self.micro_batches == 1:
             return pending
-        least: Ints = np.minimum(pending, self.entering[first] + further)
+        least: Ints = np.minimum(pending, self._entering(first, end) + further)
         return least
 
     def transit(self, k: int, first: Ints) -> tuple[Floats, Floats]:
-        """Seconds a boundary takes into stage ``k``, and for how long it occupies the link."""
+        """Seconds a message takes into stage ``k``, and for how long it occupies the link.
+
+        A value that skips stages goes over the links of all stages on its way, with their boundaries.
+        """
         zero = np.zeros(np.shape(first))
         if self.links is None or not 0 < k < self.stages:
             return zero, zero
-        occupied = self.entering[first] / self.links[k - 1].bandwidth
+        size = self.entering[first] if self.skips is None else self.entering[first] + self.skips.crossing[first]
+        occupied = size / self.links[k - 1].bandwidth
         return occupied + self.links[k - 1].latency, occupied
 
 

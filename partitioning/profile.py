@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from gpipe.partitioning.cells import Cell, cells_of
+from gpipe.partitioning.alone import Alone, Waiting, alone, cut
+from gpipe.partitioning.cells import cells_of
 from gpipe.partitioning.cost import CellCost
-from gpipe.partitioning.footprint import Footprint, Owned, footprint, owned_bytes
+from gpipe.partitioning.footprint import Footprint, footprint
+from gpipe.partitioning.owned import Owned, owned_bytes
 from gpipe.partitioning.sample import first_micro_batch, sample_device
 from gpipe.partitioning.timing import in_company, located, rounds
 
@@ -50,13 +52,14 @@ def profile(
 
     Raises:
         ValueError: The module is empty, or ``sample`` cannot be used.
+        TypeError: Declarations of stashes and pops do not match.
         Exception: What a cell raised, with a note that names it.
     """
     if repeats < 1:
         raise ValueError(f"repeats, the number of counted rounds, must be at least 1, got {repeats}")
     cells, inputs, target = _prepared(module, sample, device, chunks)
     with _random_state_kept(target):
-        bytes_ = owned_bytes(_footprints(cells, inputs, target))
+        bytes_ = owned_bytes(cells, _footprints(cells, inputs, target))
         end = perf_counter() + timeout
         with in_company(company if target.type == "cpu" else 0, cells, inputs):
             timed = rounds(cells, inputs, target)
@@ -65,13 +68,13 @@ def profile(
                 seconds.append(next(timed))
     return [
         CellCost(
-            name=name,
+            name=cell.name,
             forward_seconds=median(one[i].forward for one in seconds),
             backward_seconds=median(one[i].backward for one in seconds),
             parameter_bytes=sum(p.numel() * p.element_size() for p in cell.parameters()),
             **bytes_[i]._asdict(),
         )
-        for i, (name, cell) in enumerate(cells)
+        for i, cell in enumerate(cells)
     ]
 
 
@@ -79,28 +82,29 @@ def owned(module: nn.Module, sample: Any, *, device: torch.device | str | None =
     """The bytes alone, of every cell on one micro-batch; arguments and errors are those of ``profile``."""
     cells, inputs, target = _prepared(module, sample, device, chunks)
     with _random_state_kept(target):
-        return owned_bytes(_footprints(cells, inputs, target))
+        return owned_bytes(cells, _footprints(cells, inputs, target))
 
 
 def _prepared(
     module: nn.Module, sample: Any, device: torch.device | str | None, chunks: int
-) -> tuple[list[Cell], Any, torch.device]:
+) -> tuple[list[Alone], Any, torch.device]:
     """Cells, one micro-batch on the device, and the device."""
-    cells = cells_of(module)
+    cells = alone(cells_of(module))
     if not cells:
         raise ValueError("there is nothing to profile: the module has no cells")
     target = sample_device(sample) if device is None else torch.device(device)
     return cells, tree_map_only(Tensor, lambda t: t.detach().to(target), first_micro_batch(sample, chunks)), target
 
 
-def _footprints(cells: list[Cell], value: Any, device: torch.device) -> list[Footprint]:
-    """Of each cell on what the one before gave; one of them is on the device at a time."""
+def _footprints(cells: list[Alone], value: Any, device: torch.device) -> list[Footprint]:
+    """Of each cell on what those before gave; one of them is on the device at a time."""
     found = []
-    for i, cell in enumerate(cells):
-        with located(i, cell):
-            one, output = footprint(copy.deepcopy(cell[1]).to(device), value, device)
+    waiting: Waiting = {}
+    for cell in cells:
+        with located(cell):
+            one, left = footprint(copy.deepcopy(cell).to(device), cell.entered(value, waiting), device)
         found.append(one)
-        value = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), output)
+        value = cell.went_on(cut(left), waiting)
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -75,6 +75,26 @@ class Hands:
         return value
 
 
+class PartCarrier(Hands):
+    """Carries values through a part of a model: in from cells before it, within, and out to cells behind.
+
+    Args:
+        arrived: What comes in.
+    """
+
+    def __init__(self, arrived: Mapping[Key, Tensor | None]) -> None:
+        super().__init__()
+        self._arrived = dict(arrived)
+
+    def take(self, key: Key) -> Tensor | None:
+        """As ``Hands``, or what came in."""
+        return self._arrived.pop(key) if key in self._arrived else super().take(key)
+
+    def leaving(self, keys: Iterable[Key]) -> list[Tensor | None]:
+        """What goes out: the part's own stashes of these names."""
+        return [super(PartCarrier, self).take(key) for key in keys]
+
+
 class _Handed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -123,8 +143,8 @@ def skips_of(cells: Sequence[Cell]) -> list[Skip]:
     for i, (name, cell) in enumerate(cells):
         for module in cell.modules():
             for verb, keys, found in (
-                ("stashed", _declared(module, "stashed"), stashed),
-                ("popped", _declared(module, "popped"), popped),
+                ("stashed", declared(module, "stashed"), stashed),
+                ("popped", declared(module, "popped"), popped),
             ):
                 for key in keys:
                     if key in found:
@@ -154,6 +174,7 @@ def skips_of(cells: Sequence[Cell]) -> list[Skip]:
     return sorted(skips, key=lambda skip: skip.target)
 
 
-def _declared(module: nn.Module, what: str) -> Iterable[Key]:
+def declared(module: nn.Module, what: str) -> Iterable[Key]:
+    """What a module itself declares as ``"stashed"``, or as ``"popped"``."""
     declare = getattr(module, "_gpipe_skips", None)
     return () if declare is None else declare(what)

@@ -52,7 +52,7 @@ def solve(
         static_bytes_per_param: Bytes held all step long per byte of parameter: 1 for the parameter, 1 for its gradient,
             and the optimizer's state: 2.0 for plain SGD, 3.0 with momentum, 4.0 for Adam in the parameters' precision.
         links: (latency in seconds, bandwidth in bytes per second) of every link between two stages, or one pair per
-            link, from the first stage on. None: messages take no time.
+            link, from the first stage on. None: messages take no time. What skips stages goes over the links between.
         device_speeds: How fast every stage's device is, relative to the one the costs are from. None: as fast.
         input_bytes: One micro-batch of the model's input, which the first stage holds as others hold their boundary.
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
-from gpipe.partitioning.cells import Cell
+from gpipe.partitioning.alone import Alone, Waiting, cut
 from gpipe.partitioning.footprint import opened
 
 
@@ -25,23 +25,23 @@ class Seconds(NamedTuple):
     backward: float
 
 
-def rounds(cells: Sequence[Cell], inputs: Any, device: torch.device) -> Iterator[list[Seconds]]:
+def rounds(cells: Sequence[Alone], inputs: Any, device: torch.device) -> Iterator[list[Seconds]]:
     """Time copies of the cells on one micro-batch, as often as asked.
 
     On the CPU all go forward, then all backward, as in a stage: caches and memory are as cold as in training. On an
     accelerator, where that matters less, one at a time is there, so that a model larger than it can be measured.
     """
     if device.type == "cpu":
-        copies = [_placed(i, cell, device) for i, cell in enumerate(cells)]
-        _timed(copies, inputs, device)  # pays for what is made only once
+        copies = [_placed(cell, device) for cell in cells]
+        _timed(copies, inputs, {}, device)  # pays for what is made only once
         while True:
-            yield _timed(copies, inputs, device)[0]
+            yield _timed(copies, inputs, {}, device)[0]
     while True:
         yield _one_by_one(cells, inputs, device)
 
 
 @contextmanager
-def in_company(others: int, cells: Sequence[Cell], inputs: Any) -> Iterator[None]:
+def in_company(others: int, cells: Sequence[Alone], inputs: Any) -> Iterator[None]:
     """Have so many other threads run copies of the cells on the CPU all the while.
 
     So do the other stages of a pipeline on the same processor, with which a stage shares memory and caches.
@@ -52,10 +52,10 @@ def in_company(others: int, cells: Sequence[Cell], inputs: Any) -> Iterator[None
     def run() -> None:
         torch.get_num_threads()  # otherwise the first operator would set this thread's number to the process's
         torch.set_num_threads(count)
-        copies = [_placed(i, cell, torch.device("cpu")) for i, cell in enumerate(cells)]
+        copies = [_placed(cell, torch.device("cpu")) for cell in cells]
         while not ended.is_set():
             with suppress(Exception):  # whoever measures meets it too
-                _timed(copies, inputs, torch.device("cpu"))
+                _timed(copies, inputs, {}, torch.device("cpu"))
 
     threads = [threading.Thread(target=run, name=f"gpipe-company-{i}", daemon=True) for i in range(others)]
     for thread in threads:
@@ -69,48 +69,47 @@ def in_company(others: int, cells: Sequence[Cell], inputs: Any) -> Iterator[None
 
 
 @contextmanager
-def located(index: int, cell: Cell) -> Iterator[None]:
+def located(cell: Alone) -> Iterator[None]:
     """Name the cell in what is raised inside."""
     try:
         yield
     except BaseException as error:
-        error.add_note(f"gpipe: raised while profiling cell {index} ({cell[0]!r}, {type(cell[1]).__name__})")
+        error.add_note(f"gpipe: raised while profiling {cell}")
         raise
 
 
-_Placed = tuple[int, Cell]
+def _placed(cell: Alone, device: torch.device) -> Alone:
+    with located(cell):
+        return copy.deepcopy(cell).to(device)
 
 
-def _placed(index: int, cell: Cell, device: torch.device) -> _Placed:
-    with located(index, cell):
-        return index, (cell[0], copy.deepcopy(cell[1]).to(device))
-
-
-def _one_by_one(cells: Sequence[Cell], value: Any, device: torch.device) -> list[Seconds]:
+def _one_by_one(cells: Sequence[Alone], value: Any, device: torch.device) -> list[Seconds]:
     found = []
-    for i, cell in enumerate(cells):
-        copied = [_placed(i, cell, device)]
-        _timed(copied, value, device)
-        seconds, value = _timed(copied, value, device)
+    waiting: Waiting = {}
+    for cell in cells:
+        copied = [_placed(cell, device)]
+        _timed(copied, value, dict(waiting), device)
+        seconds, value = _timed(copied, value, waiting, device)
         found += seconds
     return found
 
 
-def _timed(cells: Sequence[_Placed], value: Any, device: torch.device) -> tuple[list[Seconds], Any]:
+def _timed(cells: Sequence[Alone], value: Any, waiting: Waiting, device: torch.device) -> tuple[list[Seconds], Any]:
     """All forward, all backward; the seconds, and the output."""
     forward, entries = [], []
-    for i, cell in cells:
-        with located(i, cell):
+    for cell in cells:
+        entered = cell.entered(value, waiting)
+        with located(cell):
             start = _now(device)
-            output = cell[1](opened(value))
+            left = cell(opened(entered))
             forward.append(_now(device) - start)
-        entries.append(_Entry.of(output))
-        value = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), output)
-        del output
+        entries.append(_Entry.of(left))
+        value = cell.went_on(cut(left), waiting)
+        del entered, left
     backward = []
-    for (i, cell), entry in zip(reversed(cells), reversed(entries), strict=True):
+    for cell, entry in zip(reversed(cells), reversed(entries), strict=True):
         gradients = [torch.ones(shape, dtype=dtype, device=device) for shape, dtype in entry.kinds]
-        with located(i, cell):
+        with located(cell):
             start = _now(device)
             if entry.edges:
                 torch.autograd.backward(entry.edges, gradients)

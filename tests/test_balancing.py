@@ -4,6 +4,7 @@ from torch import nn
 
 from gpipe import GPipe
 from gpipe.balancing import memory_bytes
+from gpipe.models.unet import unet
 from gpipe.partitioning.solve import Infeasible
 
 
@@ -115,3 +116,21 @@ def test_a_cell_that_fails_while_it_is_measured_is_named():
     with pytest.raises(RuntimeError) as caught:
         GPipe(nn.Sequential(nn.Linear(3, 4), nn.Linear(5, 2)), devices=["cpu"] * 2, sample=torch.zeros(4, 3))
     assert any("profiling cell 1 ('1', Linear)" in note for note in caught.value.__notes__)
+
+
+def test_skips_are_balanced_under_a_limit():
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 32, 32)
+
+    def planned(**arguments):
+        module = unet(depth=2, num_convs=2, base_channels=8)
+        return GPipe(module, devices=["cpu"] * 2, chunks=8, sample=x, **arguments)
+
+    needed = max(planned(checkpoint="never").partition.bytes)
+    pipe = planned(checkpoint="auto", memory_limit=needed // 2)
+    assert max(pipe.partition.bytes) <= needed // 2
+    assert min(pipe.partition.keep) < 8
+    pipe(x).square().mean().backward()
+    assert all(p.grad is not None for p in pipe.parameters())
+    with pytest.raises(Infeasible, match="cells 'encoder1_conv1' to"):
+        planned(checkpoint="auto", memory_limit="100KB")

@@ -8,12 +8,17 @@ import torch
 import torch.nn.functional as F
 
 from gpipe.models.clip import clip
+from gpipe.models.clip_prompts import IMAGENET_TEMPLATES
 from gpipe.models.clip_weights import load_weights, save_weights
 from gpipe.models.contrastive import ContrastiveLoss, SigmoidLoss
 
 with warnings.catch_warnings():  # its own imports may warn
     warnings.simplefilter("ignore")
-    open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed: pip install gpipe[parity]")
+    open_clip = pytest.importorskip(
+        "open_clip", reason="open_clip_torch cannot be imported: pip install gpipe[parity]", exc_type=ImportError
+    )
+
+pytestmark = pytest.mark.slow
 
 NAMES = {"ViT-B/32": "ViT-B-32-quickgelu", "ViT-L/14": "ViT-L-14-quickgelu", "RN50": "RN50-quickgelu"}
 
@@ -88,8 +93,6 @@ def test_the_losses_are_those_of_open_clip():
 
 
 def test_the_published_prompts_are_those_of_open_clip():
-    from gpipe.models.clip_prompts import IMAGENET_TEMPLATES
-
     assert [template.replace("{}", "cat") for template in IMAGENET_TEMPLATES] == [
         template("cat") for template in open_clip.OPENAI_IMAGENET_TEMPLATES
     ]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from nets import PlainLoop, make_pipe
 from test_clip import SMALL, spread
+from tiny_run import run, write
 from torch import nn
 
 from gpipe.models.clip import CLIP, clip
@@ -15,6 +16,7 @@ from gpipe.models.contrastive import ContrastiveLoss
 from gpipe.partitioning.estimate import Speed, estimate
 from gpipe.partitioning.profile import profile
 from gpipe.testing import assert_exact
+from gpipe.training.errors import ConfigurationError
 
 # Parameters and keys in the state dict, logit_scale among both.
 PUBLISHED = {
@@ -194,6 +196,17 @@ def test_a_published_start_lets_nothing_through_the_branches():
     assert torch.equal(block(x), x)
 
 
+def test_bfloat16_is_near_float32():
+    images, tokens, end = batch()
+    expected = tiny()((images, tokens, end))
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = tiny()((images, tokens, end))
+    for features in (autocast, tiny().bfloat16()((images, tokens, end))):
+        for one, other in zip(features, expected, strict=True):
+            assert one.dtype == torch.bfloat16
+            assert F.cosine_similarity(one.float(), other).min() > 0.98
+
+
 # Cells
 
 
@@ -292,6 +305,14 @@ def test_without_a_name_all_sizes_are_asked_for(missing):
     settings = {key: value for key, value in TINY.items() if key != missing}
     with pytest.raises(TypeError, match=f"published name or all sizes, given none for .*{missing}; give .* 'RN50'"):
         clip(**settings)
+
+
+def test_the_command_line_names_missing_sizes(tmp_path):
+    file = write(tmp_path, model={"factory": "gpipe.models.clip.clip", "arguments": {"image_size": 8}})
+    with pytest.raises(
+        ConfigurationError, match=r"model.factory: .*all sizes, given none for patch_size, .*activation"
+    ):
+        run(file)
 
 
 def test_images_of_another_size_are_refused():

@@ -15,6 +15,7 @@ from gpipe.models.clip import clip
 from gpipe.models.clip_layouts import from_hugging_face, to_hugging_face
 from gpipe.models.clip_weights import load_weights, published_name, read_weights, save_weights
 from gpipe.models.contrastive import ContrastiveLoss, SigmoidLoss
+from gpipe.ranks.deferred import recorded
 
 
 def published(make=small):
@@ -102,6 +103,16 @@ def test_without_a_loss_the_temperature_is_left_out(tmp_path):
     model = clip(**SMALL, weights=str(tmp_path / "a.safetensors"), freeze="image")
     assert_same(model.state_dict(), source.state_dict())
     assert not model.visual.proj.requires_grad
+
+
+def test_a_rank_that_makes_its_values_later_gets_those_of_the_file(tmp_path):
+    source, _, state = published()
+    save_file(dict(state), tmp_path / "a.safetensors")
+    built = recorded(lambda: clip(**SMALL, weights=str(tmp_path / "a.safetensors"), freeze="text"))
+    assert all(parameter.is_meta for parameter in built.module.parameters())
+    built.materialise(built.module.named_parameters(), seed=0)
+    assert_same(built.module.state_dict(), source.state_dict())
+    assert not built.module.text_projection.requires_grad
 
 
 # Hugging Face's layout

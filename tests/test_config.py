@@ -60,7 +60,7 @@ def problem(file: Path, *overrides: str) -> str:
         ),
         ("model.arguments.image_size=big", 'model.arguments.image_size: should be a whole number, given "big"'),
         ("model.arguments.activation=relu", "model.arguments.activation: should be 'quick_gelu' or 'gelu', given"),
-        ("model.arguments={}", "model.arguments.image_size: is required"),
+        ("loss={factory: torch.nn.Linear}", "loss.arguments.in_features: is required"),
         ("output=", "output: should be text, given null"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpipe.partitioning.cost import CellCost, Profile, load_costs, save_costs
+from gpipe.partitioning.cost import CellCost, Profile, SkipCost, load_costs, save_costs
 
 CELL = CellCost("block", 0.25, 0.5, 100, 20, 40, 8)
 NUMBERS = ["forward_seconds", "backward_seconds", "activation_bytes", "boundary_bytes", "parameter_bytes"]
@@ -20,6 +20,7 @@ cells:
 - {name: b, forward_seconds: 1.5, backward_seconds: 2.5, activation_bytes: 0, boundary_bytes: 6, parameter_bytes: 0,
    workspace_bytes: 7}
 """
+SKIPS = "workspace_bytes: 7, skips: [{cells_on: 2, value_bytes: 9}]"
 
 
 def written(tmp_path, text):
@@ -41,6 +42,27 @@ def test_what_is_no_cost_is_refused(field, value):
         replace(CELL, **{field: value})
 
 
+@pytest.mark.parametrize("field", ["cells_on", "value_bytes", "kept_bytes", "handed_on_bytes", "gradient_bytes"])
+@pytest.mark.parametrize("value", [-1, 1.5, math.nan, "12", True])
+def test_what_is_no_cost_of_a_skip_is_refused(field, value):
+    with pytest.raises(ValueError, match=rf"skip: {field}: expected .*got"):
+        replace(SkipCost(1, 2, 3, 4, 5, 6), **{field: value})
+
+
+def test_a_skip_leads_to_a_later_cell_and_is_one():
+    with pytest.raises(ValueError, match="cells_on: expected 1 or more, got 0: only a later cell can pop it"):
+        SkipCost(0, 1)
+    with pytest.raises(ValueError, match=r"cell 'block': skips: expected SkipCosts, got \(1, 2\) among them"):
+        replace(CELL, skips=[(1, 2)])
+
+
+def test_what_is_not_known_of_a_skip_is_taken_to_be_as_large_as_it():
+    assert [(s.kept, s.gradient, s.passing) for s in (SkipCost(1, 9), SkipCost(1, 9, 3, 0, 5, 20))] == [
+        (9, 9, 9),
+        (3, 5, 20),
+    ]
+
+
 def test_bytes_are_whole():
     with pytest.raises(ValueError, match=r"cell 'block': activation_bytes: .*got 1\.5: round it up"):
         replace(CELL, activation_bytes=1.5)
@@ -53,7 +75,10 @@ def test_a_number_written_as_text_comes_with_the_remedy():
 
 seconds = st.floats(0, 1e6, allow_nan=False)
 sizes = st.integers(0, 2**50)
-cells = st.builds(CellCost, st.text(max_size=8), seconds, seconds, sizes, sizes, sizes, sizes)
+skips = st.builds(SkipCost, st.integers(1, 99), sizes, st.none() | sizes, sizes, st.none() | sizes, st.none() | sizes)
+cells = st.builds(
+    CellCost, st.text(max_size=8), seconds, seconds, sizes, sizes, sizes, sizes, skips=st.lists(skips, max_size=2)
+)
 words = st.none() | st.text(st.characters(codec="utf-8"), max_size=20)
 
 
@@ -72,9 +97,21 @@ def test_a_hand_written_file(tmp_path):
     assert profile.cells == (CellCost("a", 1, 2, 3, 4, 5), CellCost("b", 1.5, 2.5, 0, 6, 0, 7))
 
 
+def test_a_file_names_skips_where_there_are_some(tmp_path):
+    profile = load_costs(written(tmp_path, FILE.replace("workspace_bytes: 7", SKIPS)))
+    assert [cell.skips for cell in profile.cells] == [(), (SkipCost(2, 9),)]
+    save_costs(tmp_path / "again.yaml", profile.cells)
+    assert (tmp_path / "again.yaml").read_text().count("skips") == 1  # older versions read files without
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        ("workspace_bytes: 7", "skips: 7", r"cells\[1\] \('b'\): skips: expected a list, got 7"),
+        ("workspace_bytes: 7", "skips: [7]", r"cells\[1\] \('b'\): skips: expected keys and values, got 7"),
+        ("workspace_bytes: 7", SKIPS.replace("on: 2", "on: 0"), r"cells\[1\] \('b'\): skip: cells_on: .* got 0"),
+        ("workspace_bytes: 7", SKIPS.replace("value", "val"), r"cells\[1\] \('b'\): skips: value_bytes is missing"),
+        ("workspace_bytes: 7", SKIPS.replace("9", "9, to: x"), r"\('b'\): skips: 'to' is not a key: use cells_on, "),
         ("forward_seconds: 1.5", "forward_seconds: .nan", r"cells\[1\]: cell 'b': forward_seconds: .* got nan"),
         ("forward_seconds: 1.5", "forward_seconds: 1e-5", r"cells\[1\]: cell 'b': forward_seconds: .* write 1\.0e-5"),
         ("boundary_bytes: 6", "boundary_bytes: -6", r"cells\[1\]: cell 'b': boundary_bytes: .* got -6"),

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from gpipe import GPipe, StageCost, Timeline, record, schedules, simulate
-from gpipe.costs import divided_costs, measured_costs
-from gpipe.partitioning.cost import CellCost
+from gpipe.costs import SkipIn, divided_costs, measured_costs
+from gpipe.models.unet import unet
+from gpipe.partitioning.cost import CellCost, SkipCost
 from gpipe.partitioning.profile import profile
 from gpipe.partitioning.solve import predict
 from gpipe.schedule import Action, Kind
@@ -40,6 +41,25 @@ def test_a_recorded_mini_batch_gives_medians():
     assert measured_costs(Timeline((tuple(whole), tuple(split)))) == [StageCost(2, 5, 0), StageCost(1, 2, 3)]
 
 
+SKIPPING = [
+    CellCost("a", 1.0, 2.0, 10, 3, 0, skips=(SkipCost(2, 100, 30, 20, 110, 150), SkipCost(3, 7))),
+    *(CellCost(name, 1.0, 2.0, 10, 3, 0) for name in "bcd"),
+]
+
+
+def test_what_stages_hand_each_other_beside_the_chain():
+    def skips(*balance):
+        return [(c.activation_bytes, c.workspace_bytes, c.skips) for c in divided_costs(SKIPPING, balance)]
+
+    # both ends in a stage: what c alone keeps is an activation; what holds the gradient waits while b runs
+    assert skips(4) == [(40 + 20, (20 + 150 + 7) - 40, ())]
+    assert StageCost.of_cells(SKIPPING[:3]).activation_bytes == 30 + 20
+    # a's gradients come from elsewhere and are counted while they are there
+    assert skips(2, 2) == [(20, 0, ()), (20, 0, (SkipIn(0, 107, 37, 117),))]
+    assert skips(1, 3) == [(10, 0, ()), (30, (10 + 150 + 7) - 30, (SkipIn(0, 107, 37, 117),))]
+    assert skips(1, 1, 1, 1)[1:] == [(10, 0, ()), (10, 0, (SkipIn(0, 100, 30, 110),)), (10, 0, (SkipIn(0, 7, 7, 7),))]
+
+
 @pytest.mark.parametrize(
     ("balance", "problem"), [([1, 1], "must sum to the number of cells, 3"), ([3, 0], "balance"), ([], "sum to")]
 )
@@ -62,6 +82,20 @@ def test_simulated_bytes_are_those_counted(name, keep):
     predicted = simulate(schedule, costs, input_bytes=x.nbytes // 8, static_bytes_per_param=2.0)
     for found, peak in zip(predicted.peak_bytes, counted.peak_bytes, strict=True):
         assert found == pytest.approx(peak, rel=0.06, abs=x.nbytes)  # how many messages wait depends on seconds
+
+
+@pytest.mark.parametrize("keep", [0, 1, 4, 8])
+@pytest.mark.parametrize("name", ["gpipe", "one_f_one_b"])
+def test_simulated_bytes_of_skips_are_those_counted(name, keep):
+    torch.manual_seed(0)
+    module, x = unet(depth=3, num_convs=2, base_channels=8), torch.randn(16, 3, 32, 32)
+    costs = divided_costs(profile(module, x, chunks=8, repeats=1), [10, 11])
+    schedule = schedules.with_recompute(schedules.builder(name)(stages=2, micro_batches=8), keep)
+    pipe = GPipe(module, [10, 11], devices=["cpu"] * 2, chunks=8)
+    with record(pipe, memory=True) as counted:
+        pipe.train_step(x, x[:, :1], nn.functional.mse_loss, "micro_batch", schedule=schedule)
+    predicted = simulate(schedule, costs, input_bytes=x.nbytes // 8, static_bytes_per_param=2.0)
+    assert predicted.peak_bytes == pytest.approx(counted.peak_bytes, rel=0.06)
 
 
 def test_company_leaves_when_the_profile_is_taken():

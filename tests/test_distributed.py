@@ -16,7 +16,7 @@ from worlds import World
 
 from gpipe import schedules
 from gpipe.distributed import DistributedGPipe
-from gpipe.slicing import initialised
+from gpipe.ranks.slicing import initialised
 
 SPLITS = {2: [4, 2], 4: [1, 2, 1, 2]}
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from gpipe.boundary import Boundary
-from gpipe.packing import Arrival, pack
+from gpipe.ranks.packing import Arrival, pack
 
 CPU = torch.device("cpu")
 

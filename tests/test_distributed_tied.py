@@ -11,7 +11,7 @@ from torch import nn
 from worlds import Raised, World
 
 from gpipe.distributed import DistributedGPipe
-from gpipe.slicing import initialised
+from gpipe.ranks.slicing import initialised
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from gpipe.deferred import recorded
 from gpipe.models.clip import clip
 from gpipe.partitioning.cells import cells_of
-from gpipe.slicing import initialised, keep_slice, materialise
+from gpipe.ranks.deferred import recorded
+from gpipe.ranks.slicing import initialised, keep_slice, materialise
 
 CPU = torch.device("cpu")
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from gpipe.models.clip_prompts import IMAGENET_TEMPLATES
 from gpipe.training.data_captions import CaptionedImages, CaptionsConfig, Pairs
 from gpipe.training.data_digits import ColouredDigitsConfig, DigitsConfig, coloured_digits, digits
 from gpipe.training.data_images import TensorImages
@@ -16,7 +17,7 @@ from gpipe.training.evaluate import evaluate
 from gpipe.training.features import encode_images, evaluating
 from gpipe.training.linear_probe import linear_probe
 from gpipe.training.retrieval import ranks, retrieval, summarise
-from gpipe.training.zero_shot import accuracy, class_features, classify
+from gpipe.training.zero_shot import accuracy, class_features, classify, zero_shot_classifier
 
 
 class Oracle(nn.Module):
@@ -77,6 +78,33 @@ def test_accuracy():
         accuracy(torch.zeros(2), torch.zeros(3))
     with pytest.raises(ValueError, match=r"at least one, got \(0,\)"):
         accuracy(torch.zeros(0), torch.zeros(0))
+
+
+def test_a_zero_shot_classifier_of_class_names_and_prompts():
+    data = digits(DigitsConfig(name="digits"), seed=0)
+    oracle = Oracle(data)
+    weights = zero_shot_classifier(oracle, data.tokenizer, data.classes, data.templates, batch_size=7)
+    assert torch.equal(weights, torch.eye(10))
+    assert set(oracle.sizes) == {7, 4}  # 60 captions
+    images = encode_images(oracle, data.test_images, batch_size=100)
+    assert torch.equal(classify(images, weights), data.test_labels)
+    one = zero_shot_classifier(oracle, data.tokenizer, data.classes[7:8], data.templates[:1])
+    assert one.argmax().item() == 7
+
+
+def test_prompts_without_a_place_for_the_class_are_refused():
+    for templates in (["a photo."], ["{} and {}"]):
+        with pytest.raises(ValueError, match="exactly once in every template, got"):
+            zero_shot_classifier(nn.Identity(), None, ["cat"], templates)
+    with pytest.raises(ValueError, match="class names and caption templates, got 0 and 1"):
+        zero_shot_classifier(nn.Identity(), None, [], ["a {}"])
+
+
+def test_the_published_prompts_are_eighty_different_ones():
+    assert len(set(IMAGENET_TEMPLATES)) == len(IMAGENET_TEMPLATES) == 80
+    assert all(template.count("{}") == 1 for template in IMAGENET_TEMPLATES)
+    assert IMAGENET_TEMPLATES[0] == "a bad photo of a {}."
+    assert IMAGENET_TEMPLATES[-1] == "a tattoo of the {}."
 
 
 # Retrieval

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from gpipe import GPipe, record
 from gpipe.metering import Meters
 from gpipe.models.clip import clip
+from gpipe.models.unet import unet
 from gpipe.partitioning.live import LiveBytes
 from gpipe.partitioning.profile import profile
 from gpipe.partitioning.solve import predict
@@ -106,7 +107,13 @@ def contrastive():
     ), [4, 6]
 
 
+def skipping():
+    return unet(depth=3, num_convs=2, base_channels=8), [10, 11]
+
+
 def mini_batch(net):
+    if net is skipping:
+        return torch.randn(16, 3, 32, 32)
     if net is convolutions:
         return torch.randn(16, 3, 32, 32)
     if net is transformer:
@@ -132,7 +139,7 @@ def measured_peaks(pipe, x):
 
 
 @pytest.mark.parametrize("keep", [0, 1, 4, 8])
-@pytest.mark.parametrize("net", [convolutions, transformer, contrastive])
+@pytest.mark.parametrize("net", [convolutions, transformer, contrastive, skipping])
 def test_predicted_bytes_are_those_measured(net, keep):
     torch.manual_seed(0)
     module, balance = net()

@@ -24,6 +24,7 @@ from gpipe.training.reading import read_configuration
 OWN_MODELS = """
 import torch
 from torch import nn
+from gpipe.skip import pop, skippable, stash
 
 class Embed(nn.Embedding):
     pass
@@ -49,6 +50,22 @@ def tied() -> nn.Module:
 
 def nothing() -> nn.Module:
     return nn.Sequential()
+
+@skippable(stash=["early"])
+class Early(nn.Linear):
+    def forward(self, x):
+        yield stash("early", x)
+        return super().forward(x)
+
+@skippable(pop=["early"])
+class Late(nn.Linear):
+    def forward(self, x):
+        early = yield pop("early")
+        return super().forward(torch.cat([x, early], -1))
+
+def skips(width: int) -> nn.Module:
+    middle = (nn.Linear(width, width) for _ in range(3))
+    return nn.Sequential(Embed(256, width), Early(width, width), *middle, Late(2 * width, 256))
 
 def loss():
     return lambda outputs, targets: outputs.mean()
@@ -154,6 +171,13 @@ def test_the_choices_as_json(tmp_path: Path) -> None:
     assert refused
     assert any("needs more memory than with" in x["reason"] for x in refused)
     assert all(x["missing_bytes"] is None or x["missing_bytes"] > 0 for x in refused)
+
+
+@pytest.mark.parametrize("source", [("--devices", "3xH100"), ()], ids=["estimated", "measured"])
+def test_a_model_with_skips_is_planned(own: Path, source: tuple[str, ...]) -> None:
+    found = planned(own_file(own, "skips", width=64), *SMALL, *source)
+    assert {choice["chunks"] for choice in found["choices"]} == {1, 2}
+    assert found["cells"] == 6
 
 
 def test_the_table_says_why_others_were_refused(tmp_path: Path) -> None:

@@ -4,8 +4,14 @@ import pytest
 import torch
 from torch import nn
 
+from gpipe.models.unet import unet
+from gpipe.partitioning.alone import alone
+from gpipe.partitioning.cells import cells_of
+from gpipe.partitioning.cost import SkipCost
 from gpipe.partitioning.estimate import Speed, estimate
-from gpipe.partitioning.profile import profile
+from gpipe.partitioning.profile import owned, profile
+from gpipe.partitioning.timing import rounds
+from gpipe.skip import Namespace, pop, skippable, stash
 
 SPEED = Speed(flops=1e12, bytes=1e11)
 
@@ -142,6 +148,155 @@ def test_what_cannot_be_measured_is_refused(measure):
     with pytest.raises(RuntimeError) as caught:
         measure(nn.Sequential(nn.Linear(3, 4), nn.Linear(5, 2)), torch.randn(2, 3))
     assert any("cell 1 ('1', Linear)" in note for note in caught.value.__notes__)
+
+
+# --- values that skip cells -------------------------------------------------------------------------------------------
+
+
+@skippable(stash=["value"])
+class Stash(nn.Module):
+    """Stashes what ``make`` makes of its input, which it hands on."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def forward(self, x):
+        yield stash("value", self.make(x))
+        return x * 1
+
+
+@skippable(pop=["value"])
+class Pop(nn.Module):
+    """Adds ``use`` of what was stashed to its input."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.use = use
+
+    def forward(self, x):
+        value = yield pop("value")
+        return x if value is None else x + self.use(value)
+
+
+def once(value):
+    return value * 2
+
+
+def squared(value):
+    return value * value
+
+
+def skips(module, x, measure):
+    costs = profile(module, x, repeats=1) if measure == "profile" else estimate(module, x, speed=SPEED)
+    return {cost.name: cost.skips for cost in costs}
+
+
+BOTH = pytest.mark.parametrize("measure", ["profile", "estimate"])
+SIZE = 5 * 6 * 4
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("make", "use", "kept", "handed_on"),
+    [(torch.sin, once, 0, 0), (torch.sin, squared, SIZE, SIZE), (torch.sigmoid, squared, SIZE, 0)],
+    ids=["dropped", "kept where it is popped", "kept at both ends"],
+)
+def test_a_value_that_skips_cells_has_one_owner(measure, make, use, kept, handed_on):
+    module = nn.Sequential(nn.Linear(6, 6), Stash(make), nn.Linear(6, 6), nn.Tanh(), Pop(use))
+    found = skips(module, torch.randn(5, 6), measure)
+    assert found == {"0": (), "1": (SkipCost(3, SIZE, kept, handed_on, SIZE, SIZE),), "2": (), "3": (), "4": ()}
+
+
+@BOTH
+def test_what_the_next_or_a_nearer_cell_keeps_is_not_counted_again(measure):
+    @skippable(stash=["a", "b"])
+    class Twice(nn.Module):
+        def forward(self, x):
+            y = x.sin()
+            yield stash("a", y)
+            yield stash("b", y)
+            return x * 1 if self.training else y
+
+    @skippable(pop=["a"])
+    class PopA(nn.Module):
+        def forward(self, x):
+            return x + squared((yield pop("a")))
+
+    @skippable(pop=["b"])
+    class PopB(nn.Module):
+        def forward(self, x):
+            return x + squared((yield pop("b")))
+
+    module = nn.Sequential(nn.Linear(6, 6), Twice(), nn.Linear(6, 6), PopB(), PopA())
+    assert [(s.cells_on, s.handed_on_bytes) for s in skips(module, torch.randn(5, 6), measure)["1"]] == [
+        (2, SIZE),
+        (3, 0),
+    ]
+    assert [s.handed_on_bytes for s in skips(module.eval(), torch.randn(5, 6), measure)["1"]] == [0, 0]
+
+
+def test_all_that_a_unet_keeps_is_counted_once():
+    module, x = unet(depth=2, num_convs=2, base_channels=4, dropout=0.0), torch.randn(4, 3, 8, 8)
+    costs = profile(module, x, chunks=2, repeats=1)
+    handed_on = sum(skip.handed_on_bytes for cost in costs for skip in cost.skips)
+    assert sum(c.activation_bytes for c in costs) + handed_on == saved_bytes(copy.deepcopy(module), x[:2])
+    assert [c.skips for c in costs] == [c.skips for c in estimate(module, x, speed=SPEED, chunks=2)]
+    # the gradient is a part of that of the concatenation, rows of which lie twice as far apart
+    assert [s for c in costs for s in c.skips] == [
+        SkipCost(9, 2048, 0, 0, gradient_bytes=3072, gradient_storage_bytes=4096),
+        SkipCost(3, 1024, 0, 0, gradient_bytes=1536, gradient_storage_bytes=2048),
+    ]
+
+
+@BOTH
+def test_what_is_stashed_gets_a_gradient(measure):
+    gradients = []
+
+    class Marked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            gradients.append(gradient.shape)
+            return gradient
+
+    module = nn.Sequential(nn.Linear(6, 6), Stash(Marked.apply), Pop(once))
+    skips(module, torch.randn(5, 6), measure)
+    assert set(gradients) == {(5, 6)}
+
+
+@BOTH
+def test_none_costs_nothing_and_names_are_kept_apart(measure):
+    def level(make, inner):
+        namespace = Namespace()
+        return Stash(make).isolate(namespace), *inner, Pop(once).isolate(namespace)
+
+    module = nn.Sequential(nn.Linear(6, 6), *level(torch.sin, level(lambda x: None, [nn.ReLU()])))
+    found = skips(module, torch.randn(5, 6), measure)
+    assert [len(skip) for skip in found.values()] == [0, 1, 0, 0, 0, 0]
+    assert found["1"][0].cells_on == 4
+    module = nn.Sequential(nn.Linear(6, 6), *level(torch.sin, level(lambda x: x[:, :1].cos(), [nn.ReLU()])))
+    assert [skip.value_bytes for cell in skips(module, torch.randn(5, 6), measure).values() for skip in cell] == [
+        SIZE,
+        SIZE // 6,
+    ]
+
+
+def test_skips_pass_one_by_one_and_in_company():
+    module = unet(depth=1, num_convs=1, base_channels=4)
+    x = torch.randn(2, 3, 8, 8)
+    assert [b.skips for b in owned(module, x)] == [c.skips for c in profile(module, x, repeats=2, company=1)]
+    seconds = next(rounds(alone(cells_of(module)), x.to("meta"), torch.device("meta")))
+    assert len(seconds) == len(module)
+
+
+@BOTH
+def test_skips_that_do_not_match_are_refused(measure):
+    with pytest.raises(TypeError, match="'value' is popped by cell '1' and stashed by none"):
+        skips(nn.Sequential(nn.Linear(6, 6), Pop(once)), torch.randn(5, 6), measure)
 
 
 def test_profile_wants_one_device():

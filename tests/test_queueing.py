@@ -1,12 +1,14 @@
 """Gradients that wait at a stage slower than the next one find room."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from nets import Apply
 from torch import nn
 
 from gpipe import GPipe, record
-from gpipe.partitioning.cost import CellCost
+from gpipe.partitioning.cost import CellCost, SkipCost
 from gpipe.partitioning.solve import Infeasible, predict, solve
 from gpipe.queueing import solve_with_queues, waiting_bytes
 
@@ -28,6 +30,22 @@ def test_they_queue_at_a_slow_stage():
     assert waiting_bytes(partition, cells, 0) == [5 * 100, 0]
     # 8 and 2: when the second slow one ends all are there; the first has freed its activations
     assert waiting_bytes(predict(cells, [1, 1], micro_batches=8), cells, 0)[0] == 6 * 100 - 10
+
+
+def test_gradients_of_skips_queue_until_the_chain_has_come_back():
+    cells = [CellCost(f"c{i}", 1.0, 2.0, 10, 0, 0) for i in range(4)]
+    cells[0] = replace(cells[0], skips=(SkipCost(2, 100, 0),))
+    # even stages: when the first has gone backward once, the third has done so twice more, the last time just now
+    assert waiting_bytes(predict(cells, [1, 1, 1, 1], micro_batches=8), cells, 0) == [100, 0, 0, 0]
+    slow = [
+        replace(cell, forward_seconds=1.0, backward_seconds=9.0) if i == 1 else cell for i, cell in enumerate(cells)
+    ]
+    # the second stage takes 9 seconds, the third 2: all are there before the second backward ends, one micro-batch gone
+    assert waiting_bytes(predict(slow, [1, 1, 1, 1], micro_batches=8), slow, 0)[0] == 600 - 10
+    # a value that came from elsewhere goes when its micro-batch has gone backward
+    third = [cells[0], cells[1], replace(cells[2], forward_seconds=4.0, backward_seconds=8.0, boundary_bytes=100)]
+    alone = predict([*third, cells[3]], [1, 1, 1, 1], micro_batches=8, keep=0)
+    assert waiting_bytes(alone, [*third, cells[3]], 0)[2] == 400  # of 500
 
 
 def test_a_limit_leaves_room_for_them():

@@ -15,10 +15,10 @@ from test_failures import Bomb
 from torch import nn
 from worlds import Raised, World
 
-from gpipe.direct import Direct, accelerator, direct
-from gpipe.group_transport import GroupTransport, Wires
-from gpipe.routes import Route
-from gpipe.slot import ROOM
+from gpipe.ranks.direct import Direct, accelerator, direct
+from gpipe.ranks.group_transport import GroupTransport, Wires
+from gpipe.ranks.routes import Route
+from gpipe.ranks.slot import ROOM
 from gpipe.transport import Aborted, Direction
 
 KEYS = [(0, 1, Direction.FORWARD), (2, 3, Direction.FORWARD)]
@@ -165,7 +165,7 @@ def gloo_instead(new_group):
 
 
 def choose(rank):
-    with mock.patch("gpipe.direct.dist.new_group", side_effect=gloo_instead(dist.new_group)) as made:
+    with mock.patch("gpipe.ranks.direct.dist.new_group", side_effect=gloo_instead(dist.new_group)) as made:
         same = direct(0, 1, ["h GPU-1", "h GPU-1"], rank, CPU)
         cpu = direct(0, 1, ["h GPU-1", ""], rank, CPU)
         assert not made.called
@@ -183,8 +183,8 @@ def test_nccl_carries_what_passes_between_two_accelerators(two):
 def straight_pipe(rank, module, balance, **options):
     """A pipe with gloo in the place of NCCL, as if every rank had an accelerator."""
     with ExitStack() as stack:
-        stack.enter_context(mock.patch("gpipe.joining.accelerator", return_value=f"host GPU-{rank}"))
-        stack.enter_context(mock.patch("gpipe.direct.dist.new_group", side_effect=gloo_instead(dist.new_group)))
+        stack.enter_context(mock.patch("gpipe.ranks.joining.accelerator", return_value=f"host GPU-{rank}"))
+        stack.enter_context(mock.patch("gpipe.ranks.direct.dist.new_group", side_effect=gloo_instead(dist.new_group)))
         pipe = wrapped(module, balance, 4, F.mse_loss, loss_over="micro_batch", **options)
     ends = [*pipe._calls.wires.outgoing.values(), *pipe._calls.wires.incoming.values()]
     assert sum(end.route.direct is not None for end in ends) == 2 * (len(balance) - 1)

@@ -18,8 +18,8 @@ from test_saving import room_for
 from torch import nn
 
 from gpipe import Restored, Saves
-from gpipe.save_folder import summed
-from gpipe.tensor_files import read_metadata
+from gpipe.saving.save_folder import summed
+from gpipe.saving.tensor_files import read_metadata
 
 ROOT = Path(__file__).parent.parent
 
@@ -466,7 +466,7 @@ class Touch:
 
 def signed(path):
     """Give a save that someone changed the checksums it should have."""
-    from gpipe.save_folder import _own_checksum
+    from gpipe.saving.save_folder import _own_checksum
 
     content = json.loads((path / "save.json").read_text())
     del content["crc32"]

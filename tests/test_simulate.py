@@ -3,6 +3,7 @@
 import math
 import time
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -141,7 +142,9 @@ def longest_path(schedule, costs, links):
                     if links and host[after] != host[k]:
                         edge = min(k, after)
                         leaves = max(end, free[edge, sense])
-                        free[edge, sense] = leaves + costs[edge].boundary_bytes / links[edge][1]
+                        size = costs[edge].boundary_bytes
+                        size += sum(s[1] for there, c in enumerate(costs) for s in c.skips if s[0] <= edge < there)
+                        free[edge, sense] = leaves + size / links[edge][1]
                         arrived[k, sense, m] = free[edge, sense] + links[edge][0]
     return times, arrived
 
@@ -150,7 +153,8 @@ def held(schedule, costs, times, arrived, k, input_bytes):
     """The most bytes of a stage: looked at just after every moment at which something begins."""
     cost = costs[k]
     holds = [(0.0, math.inf, cost.parameter_bytes)]
-    kinds = {(a.kind, a.micro_batch): times[a] for w in schedule.workers for a in w if a.stage == k}
+    every = {(a.stage, a.kind, a.micro_batch): times[a] for w in schedule.workers for a in w}
+    kinds = {(kind, m): span for (stage, kind, m), span in every.items() if stage == k}
     made = min(end for (kind, _), (_, end) in kinds.items() if kind in "BI")
     holds.append((made, math.inf, cost.parameter_bytes))  # gradients
     holds += [(*span, cost.workspace_bytes) for span in kinds.values()]
@@ -162,6 +166,14 @@ def held(schedule, costs, times, arrived, k, input_bytes):
         holds.append((kinds.get(("R", m), kinds["F", m])[0], done, cost.activation_bytes))
         if ("R", m) in kinds:
             holds.append((*kinds["F", m], cost.activation_bytes))
+        for source, value, kept, _ in cost.skips:
+            recorded = kinds.get(("R", m), kinds["F", m])[1]
+            holds += [(every[source, "F", m][1], recorded, value), (recorded, backward[1], kept)]
+            if ("R", m) in kinds:
+                holds.append((*kinds["F", m], value))
+        for target, other in enumerate(costs):
+            back = [every[target, kind, m][1] for kind in "BI" if (target, kind, m) in every]
+            holds += [(min(back), backward[1], size) for source, _, _, size in other.skips if source == k]
         if k + 1 < schedule.stages:
             holds.append((arrived[k + 1, "B", m], backward[0], cost.boundary_bytes))
     return max(sum(size for begin, end, size in holds if begin <= now < end) for now, _, _ in holds)
@@ -175,6 +187,10 @@ stage_cost = st.builds(StageCost, whole, whole, whole, whole, st.sampled_from([0
 @settings(max_examples=120, deadline=None)
 def test_against_the_longest_path(schedule, data):
     costs = [data.draw(stage_cost) for _ in range(schedule.stages)]
+    if schedule.stages > 1 and data.draw(st.booleans()):
+        for k in range(1, schedule.stages):
+            skip = st.tuples(st.integers(0, k - 1), whole, whole, whole)
+            costs[k] = replace(costs[k], skips=data.draw(st.lists(skip, max_size=2)))
     pair = st.tuples(st.sampled_from([0, 0.5, 3]), st.sampled_from([0.5, 1, 4, math.inf]))
     links = data.draw(st.none() | st.just([data.draw(pair) for _ in range(schedule.stages - 1)]))
     found = simulate(schedule, costs, links, input_bytes=7, static_bytes_per_param=2.0)
@@ -265,6 +281,30 @@ def test_a_gradient_that_waits_is_held():
     assert list(found.memory[0]) == [(0, 0), (14, 3), (20, 0)]
 
 
+def test_what_skips_stages_waits_at_its_ends():
+    last = StageCost(1, 1, 1, skips=[(0, 100, 10, 7)])
+    costs = [StageCost(1, 1, 1), StageCost(2, 1, 1), last]
+    three = simulate(one_f_one_b(3, 2), costs)
+    # stage 2 has the values of both micro-batches from 1 and 2 on, uses them in F at 3 to 4, 6 to 7, and keeps a tenth
+    assert list(three.memory[2]) == [(0, 0), (1, 100), (2, 200), (4, 110), (6, 100), (7, 10), (9, 0)]
+    # stage 0 has the gradient of one from 6, as stage 2 has gone backward, to 11
+    assert list(three.memory[0])[:3] == [(0, 0), (6, 7), (9, 14)]
+    assert three.peak_bytes[1] == 0
+    again = simulate(with_recompute(gpipe(3, 2), 0), costs)
+    assert again.peak_bytes[2] == 300  # such a forward works on a copy
+    split = simulate(gpipe_zero_bubble(3, 2), costs)
+    assert split.peak_bytes[0] == 14
+
+
+def test_what_skips_stages_goes_over_all_links_on_its_way():
+    costs = [StageCost(1, 1, 1, boundary_bytes=10) for _ in range(3)]
+    costs[2] = StageCost(1, 1, 1, skips=[(0, 30, 0, 30)])
+    found = simulate(gpipe(3, 1), costs, [(0.5, 10), (0, 20)])
+    assert [(t.start, t.end) for t in found.transfers][:2] == [(1, 5.5), (6.5, 8.5)]
+    near = simulate(gpipe(3, 1), [costs[0], StageCost(1, 1, 1, 0, 10, skips=[(0, 30, 0, 30)]), costs[0]], (0, 10))
+    assert [(t.start, t.end) for t in near.transfers][:2] == [(1, 5), (6, 7)]
+
+
 def test_split_backwards_hold_activations_until_w():
     cost = StageCost(1, 1, 1, activation_bytes=10)
     assert list(simulate(gpipe_zero_bubble(1, 2), cost).memory[0]) == [(0, 10), (1, 20), (5, 10), (6, 0)]
@@ -311,6 +351,13 @@ def test_a_worker_without_actions_flushes_at_once():
         ("activation_bytes", 1.5, TypeError, "activation_bytes must be an int, got float 1.5"),
         ("boundary_bytes", -1, ValueError, r"boundary_bytes must be from 0 to 2\*\*62, got -1"),
         ("parameter_bytes", 2**63, ValueError, "parameter_bytes must be from 0"),
+        (
+            "skips",
+            [(0, 1)],
+            TypeError,
+            r"skips must hold \(source, value_bytes, kept_bytes, gradient_bytes\) each, got \(0",
+        ),
+        ("skips", [(0, 1, -1, 0)], ValueError, r"skips: kept_bytes must be from 0 to 2\*\*62, got -1"),
     ],
 )
 def test_bad_costs_are_refused(field, value, error, match):
@@ -339,6 +386,11 @@ def test_bad_costs_are_refused(field, value, error, match):
 def test_bad_arguments_are_refused(arguments, error, match):
     with pytest.raises(error, match=match):
         simulate(**{"schedule": gpipe(3, 2), "costs": UNIT, **arguments})
+
+
+def test_skips_come_from_stages_before():
+    with pytest.raises(ValueError, match=r"stage 0 has skips from stage 0, expected ones from stages before it"):
+        simulate(gpipe(3, 2), StageCost(1, 1, 1, skips=[(0, 1, 1, 1)]))
 
 
 def test_illegal_schedules_are_refused():

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from gpipe import schedules
-from gpipe.partitioning.cost import CellCost
+from gpipe.partitioning.cost import CellCost, SkipCost
 from gpipe.partitioning.makespan import Divided, gpipe_seconds, one_f_one_b_seconds
-from gpipe.partitioning.solve import Infeasible, solve
+from gpipe.partitioning.solve import Infeasible, predict, solve
 
 # --- an event-driven simulation, written without regard to the solver's formulas -------------------------------------
 
@@ -110,6 +110,28 @@ def chain(rng, count, spread=0.7, ratio=(1.6, 2.4)):
     ]
 
 
+def skipping(rng, cells, share=0.4):
+    """The same cells, of which some stash values for later ones."""
+    count = len(cells)
+
+    def skip(i):
+        value, storage = (int(size) for size in rng.lognormal(0, 1, 2) * 1e6)
+        kept = None if rng.random() < 0.3 else int(rng.random() * value)
+        handed_on = int(rng.random() * (kept or 0))
+        gradient = None if rng.random() < 0.3 else int(rng.random() * storage)
+        return SkipCost(int(rng.integers(1, count - i)), value, kept, handed_on, gradient, storage)
+
+    return [
+        replace(c, skips=tuple(skip(i) for _ in range(rng.binomial(2, share)) if i + 1 < count))
+        for i, c in enumerate(cells)
+    ]
+
+
+def ways(cells):
+    """Every value that skips cells, with the cell that stashes and the one that pops it."""
+    return [(skip, i, i + skip.cells_on) for i, cell in enumerate(cells) for skip in cell.skips]
+
+
 def some_limit(cells, stages, micro_batches, share):
     """Bytes between what an even division needs with one micro-batch kept, and with all."""
     static = 4 * sum(c.parameter_bytes for c in cells) / stages
@@ -125,21 +147,31 @@ def stage_bytes(cells, first, end, k, setting, keep):
     )
     part = cells[first:end]
     entering = cells[first - 1].boundary_bytes if first else input_bytes
+    brought = [skip for skip, source, target in ways(cells) if source < first <= target < end]
+    inside = sum(skip.handed_on_bytes for skip, source, target in ways(cells) if first <= source and target < end)
+    passing = [
+        sum(s.passing for s, a, b in ways(cells) if a < i < b and (first <= a or b < end)) for i in range(first, end)
+    ]
     flight = micro_batches if schedule == "gpipe" else min(stages - k, micro_batches)
     inputs = micro_batches if schedule == "gpipe" or k == 0 else min(flight + 1, micro_batches)
     static = 4 * sum(c.parameter_bytes for c in part)
-    running = [sum(c.activation_bytes for c in part[: i + 1]) + c.workspace_bytes for i, c in enumerate(part)]
-    one = sum(c.activation_bytes for c in part) - part[-1].handed_on_bytes
+    running = [
+        sum(c.activation_bytes for c in part[: i + 1]) + c.workspace_bytes + passing[i] + inside
+        for i, c in enumerate(part)
+    ]
+    one = sum(c.activation_bytes for c in part) - part[-1].handed_on_bytes + inside
     at_once = keep + 1 if schedule == "1f1b" and keep else keep  # kept ones, and those of a forward that drops its own
     more = max(0, min(at_once, flight) - 1)
     kept_input = entering if part[0].kept_input_bytes is None else min(entering, part[0].kept_input_bytes)
     outputs = 2 * micro_batches * cells[-1].boundary_bytes if schedule == "gpipe" and end == len(cells) else 0
-    further = max(0, one + kept_input - entering)
-    size = static + inputs * entering + outputs + max(one, *running) + more * further
+    skipped, let_go = sum(s.value_bytes for s in brought), sum(s.value_bytes - s.kept for s in brought)
+    skips = micro_batches if schedule == "gpipe" else min(stages, micro_batches)  # they may come from the first stage
+    further = max(0, one + kept_input - entering - let_go)
+    size = static + inputs * entering + skips * skipped + outputs + max(one, *running) + more * further
     if schedule == "gpipe":  # gradients come with the first backward, and find its activations and input gone
         gradients = [sum(c.parameter_bytes for c in part[i:]) for i in range(len(part))]
         later = max(running) + gradients[0] - max(map(sum, zip(running, gradients, strict=True)))
-        size -= later if micro_batches == 1 else min(later, entering + (further if more else 0))
+        size -= later if micro_batches == 1 else min(later, entering + skipped + (further if more else 0))
     return size
 
 
@@ -165,7 +197,8 @@ def all_divisions(cells, setting):
             if (k, first, end) not in known:
                 speed, part = setting["speeds"][k], cells[first:end]
                 latency, bandwidth = setting["links"][k - 1] if k and setting["links"] else (0.0, math.inf)
-                occupied = cells[first - 1].boundary_bytes / bandwidth
+                crossing = sum(skip.value_bytes for skip, source, target in ways(cells) if source < first <= target)
+                occupied = (cells[first - 1].boundary_bytes + crossing) / bandwidth
                 forward, backward = (
                     sum(getattr(c, f"{way}_seconds") for c in part) / speed for way in ("forward", "backward")
                 )
@@ -194,6 +227,9 @@ def random_case(rng, schedule, kind):
     micro_batches = int(rng.choice([1, 2, 3, 4, 8, 16, 40]))
     cells = chain(rng, count, rng.choice([0.1, 0.7, 1.2]), (1.6, 2.4) if rng.random() < 0.5 else (0.3, 4.0))
     limit, links, speeds, keep = None, None, None, None
+    if kind == "skips":
+        cells = skipping(rng, cells)
+        kind = ["limit", "keep", "links", "all"][int(rng.integers(4))]
     if kind in ("limit", "all"):
         limit = some_limit(cells, stages, micro_batches, rng.uniform(-0.05, 0.8))
     if kind == "all":
@@ -214,7 +250,7 @@ def random_case(rng, schedule, kind):
     return cells, setting, {**given, "memory_limit": limit, "keep": keep, "links": links, "device_speeds": speeds}
 
 
-@pytest.mark.parametrize("kind", ["free", "limit", "keep", "links", "all"])
+@pytest.mark.parametrize("kind", ["free", "limit", "keep", "links", "all", "skips"])
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 def test_as_good_as_the_best_of_all_divisions(schedule, kind):
     rng = np.random.default_rng(7)
@@ -315,6 +351,37 @@ def test_bytes_by_hand():
     assert interleaved.bytes == (28 + 4 * 6 + 3 * 10 + 5, 36 + 3 * 3 + 2 * 20 + 2, 2 * 4 + 40 + 1)
 
 
+def test_bytes_of_skips_by_hand():
+    skip = SkipCost(2, 100, kept_bytes=30, handed_on_bytes=20, gradient_bytes=110, gradient_storage_bytes=150)
+    cells = [CellCost(f"c{i}", 1.0, 2.0, 10, 3, 0) for i in range(4)]
+    cells[0] = replace(cells[0], skips=(skip,))
+    cells[3] = replace(cells[3], boundary_bytes=0)
+
+    def held(balance, keep=4, **arguments):
+        return predict(cells, balance, micro_batches=4, keep=keep, input_bytes=6, **arguments).bytes
+
+    # one stage: what only the third cell keeps is an activation; while the second runs, the gradient waits
+    assert held([4]) == (4 * 6 + 4 * 60 + (20 + 150 - 40),)
+    # two: all inputs wait; of a kept one 70 bytes go, more than its activations take
+    assert held([1, 3]) == (4 * 6 + 4 * 10, 4 * 103 + 10 + 150)
+    assert held([2, 2]) == (4 * 6 + 4 * 20 + 150, 4 * 103 + 20)
+    # it passes over the second stage, which has nothing of it
+    assert held([1, 1, 2])[1] == 4 * 3 + 4 * 10
+    # under 1F1B it may come from as far back as the first stage
+    assert held([1, 1, 2], schedule="1f1b")[2] == 2 * 3 + 3 * 100 + 20
+
+
+def test_links_carry_what_skips_stages_with_the_boundaries():
+    cells = [CellCost(f"c{i}", 1.0, 2.0, 1, 10, 1) for i in range(4)]
+    cells[0] = replace(cells[0], skips=(SkipCost(2, 50),))
+    found = predict(cells, [1, 1, 1, 1], micro_batches=4, links=(0.5, 10))
+    assert [stage.arrival_seconds for stage in found.stages] == [0, 6.5, 6.5, 1.5]
+    cells = [CellCost(f"c{i}", 1.0, 2.0, 1, 1, 1) for i in range(4)]
+    assert solve(cells, 2, micro_batches=8, links=(0.0, 1.0)).balance == (2, 2)
+    cells[1] = replace(cells[1], skips=(SkipCost(1, 50),))
+    assert solve(cells, 2, micro_batches=8, links=(0.0, 1.0)).balance in ((1, 3), (3, 1))
+
+
 def test_a_wider_stage_may_fit_where_a_narrower_does_not():
     small, huge = 1, 1000
     sizes = [small, huge, huge, small, huge, small]
@@ -411,6 +478,15 @@ def test_long_chains_come_with_a_proof(share, schedule, gap):
     assert limit is None or max(found.bytes) <= limit
 
 
+def test_long_chains_with_skips_come_with_a_proof():
+    cells = chain(np.random.default_rng(5), 500)
+    cells = [replace(c, skips=(SkipCost(499 - 2 * i, 10**6),)) if i < 249 else c for i, c in enumerate(cells)]
+    limit = some_limit(cells, 16, 64, 0.3) + 64 * 3 * 10**7
+    found = solve(cells, 16, micro_batches=64, memory_limit=limit, links=(1e-6, 1e11))
+    assert found.lower_bound * (1 - 1e-9) <= found.seconds <= found.lower_bound * 1.01
+    assert max(found.bytes) <= limit
+
+
 def test_memory_does_not_grow_with_the_square_of_the_cells():
     cells = chain(np.random.default_rng(5), 2500)
     tracemalloc.start()
@@ -438,6 +514,10 @@ def shrunk(cells, by):
             workspace_bytes=less(c.workspace_bytes),
             kept_input_bytes=None if c.kept_input_bytes is None else less(c.kept_input_bytes),
             handed_on_bytes=less(c.handed_on_bytes),
+            skips=tuple(
+                SkipCost(s.cells_on, *map(less, (s.value_bytes, s.kept, s.handed_on_bytes, s.gradient, s.passing)))
+                for s in c.skips
+            ),
         )
         for c in cells
     ]
@@ -451,14 +531,15 @@ def fits(cells, stages, micro_batches, **arguments):
     return True
 
 
+@pytest.mark.parametrize("skips", [False, True])
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
-def test_what_would_do_does_and_less_does_not(schedule):
+def test_what_would_do_does_and_less_does_not(schedule, skips):
     rng = np.random.default_rng(2)
     advised = 0
     for _ in range(12):
         count, micro_batches = int(rng.integers(5, 11)), int(rng.choice([2, 4, 6]))
         stages = int(rng.integers(2, 5))
-        cells = chain(rng, count)
+        cells = skipping(rng, chain(rng, count)) if skips else chain(rng, count)
         limit = int(some_limit(cells, stages, micro_batches, 0) * rng.uniform(0.4, 0.9))
         limit += micro_batches * cells[-1].boundary_bytes if schedule == "gpipe" else 0
         settled = {"schedule": schedule, "input_bytes": 0}
@@ -591,6 +672,11 @@ CELLS = [CellCost(f"c{i}", 1.0, 2.0, 1, 1, 1) for i in range(5)]
         ({"links": (-1, 1)}, "links: latency in seconds: expected a finite number, 0 or more, got -1"),
         ({"links": [(0, 1), (0, 1)]}, "links: expected one pair or 1 for 2 stages, got 2"),
         ({"links": 3}, "links: expected pairs .*got 3"),
+        (
+            {"costs": [*CELLS[:4], replace(CELLS[4], skips=(SkipCost(2, 1),))]},
+            "costs: cell 'c4' stashes a value for a cell 2 further on, but only 0 follow it",
+        ),
+        ({"costs": [replace(CELLS[0], skips=(SkipCost(1, 2**61),)), *CELLS]}, "are out of range: check the units"),
         ({"input_bytes": -1}, "input_bytes: expected a whole number, 0 or more, got -1"),
         ({"costs": [replace(CELLS[0], activation_bytes=2**61)] * 2}, "are out of range: check the units"),
     ],

@@ -235,3 +235,19 @@ def test_nothing_is_left_to_warn_about():
         make_pipe(module).train_step(
             torch.ones(6, 4), torch.ones(6, 4), nn.functional.mse_loss, schedule=split_schedule(2, 3)
         )
+
+
+# A parameter that a layer uses and a stage hands on lost the gradient that came back for it.
+def test_a_parameter_that_is_handed_on_too():
+    def make():
+        torch.manual_seed(0)
+        linear = nn.Linear(4, 4)
+        return nn.Sequential(Apply(lambda x, lin: (lin(x), lin.weight), linear), Apply(lambda pair: pair[0] @ pair[1]))
+
+    x, t = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)), torch.zeros(6, 4)
+    found = []
+    for schedule in ("one_f_one_b", "zero_bubble_h1"):
+        module = make()
+        make_pipe(module, chunks=2).train_step(x, t, nn.functional.mse_loss, "micro_batch", schedule=schedule)
+        found.append(gradients(module))
+    assert_same(found[1], found[0])

@@ -16,7 +16,7 @@ from gpipe.partitioning.cells import cells_of
 from gpipe.partitioning.cost import CellCost
 from gpipe.partitioning.estimate import Speed, estimate
 from gpipe.partitioning.profile import profile
-from gpipe.slicing import initialised
+from gpipe.ranks.slicing import initialised
 
 LANGUAGE = {"vocabulary_size": 11, "width": 8, "layers": 2, "heads": 2, "context_length": 7}
 TRANSLATION = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from gpipe.error_board import OtherRankFailed, RankLost
+from gpipe.ranks.error_board import OtherRankFailed, RankLost
 from gpipe.training.errors import ConfigurationError, Interrupted, Silent, UserError
 
 if TYPE_CHECKING:

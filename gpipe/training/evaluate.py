@@ -20,7 +20,7 @@ from gpipe.training.features import encode_images, encode_texts, evaluating
 from gpipe.training.linear_probe import Labelled, linear_probe
 from gpipe.training.retrieval import retrieval
 from gpipe.training.text_baselines import gzip_bits, unigram_bits
-from gpipe.training.zero_shot import accuracy, class_features, classify
+from gpipe.training.zero_shot import accuracy, caption_features, class_features, classify
 
 PIXELS = 1_000_000  # numbers in the training images up to which raw pixels are probed for comparison
 
@@ -78,9 +78,7 @@ def _labelled(model: nn.Module, data: LabelledImages, batch_size: int) -> Result
 
 def _zero_shot(model: nn.Module, data: LabelledImages, images: Tensor, batch_size: int) -> Results:
     tokenizer = cast(Tokenizer, data.tokenizer)
-    texts = [template.replace("{}", name) for name in data.classes for template in data.templates]
-    captions = encode_texts(model, tokenizer, texts, batch_size=batch_size)
-    captions = captions.view(len(data.classes), len(data.templates), -1)  # (C, P, E)
+    captions = caption_features(model, tokenizer, data.classes, data.templates, batch_size=batch_size)  # (C, P, E)
     one = classify(images, class_features(captions[:, :1]))
     ensemble = classify(images, class_features(captions))
     groups = {"": torch.ones_like(one, dtype=torch.bool), **{f"_{name}": g for name, g in data.groups.items()}}

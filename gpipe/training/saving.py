@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gpipe import whole_files
+from gpipe.saving import whole_files
 from gpipe.training.errors import RunError
 
 

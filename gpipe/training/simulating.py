@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -145,14 +145,11 @@ def _keep(checkpoint: Any, own: int, stages: int, micro_batches: int) -> tuple[i
 def _stage_costs(costs: Costs, partition: Partition) -> list[StageCost]:
     scaled = divided_costs(costs.cells, partition.balance)
     return [
-        StageCost(
-            cost.forward_seconds / speed,
-            cost.input_gradient_seconds / speed,
-            cost.weight_gradient_seconds / speed,
-            cost.activation_bytes,
-            cost.boundary_bytes,
-            cost.parameter_bytes,
-            cost.workspace_bytes,
+        replace(
+            cost,
+            forward_seconds=cost.forward_seconds / speed,
+            input_gradient_seconds=cost.input_gradient_seconds / speed,
+            weight_gradient_seconds=cost.weight_gradient_seconds / speed,
         )
         for cost, speed in zip(scaled, costs.device_speeds, strict=False)
     ]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gpipe.saves import Saves
+from gpipe.saving.saves import Saves
 from gpipe.training.build import Job
 from gpipe.training.checking import NonFiniteError
 from gpipe.training.errors import RunError

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from gpipe.error_board import RankLost
+from gpipe.ranks.error_board import RankLost
 from gpipe.training.ending import Ending
 from gpipe.training.errors import ConfigurationError, Silent
 

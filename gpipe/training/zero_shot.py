@@ -2,10 +2,54 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Sequence
 
-from gpipe.training.features import unit
+import torch
+from torch import Tensor, nn
+
+from gpipe.training.data_tokens import Tokenizer
+from gpipe.training.features import encode_texts, unit
+
+
+def zero_shot_classifier(
+    model: nn.Module, tokenizer: Tokenizer, classes: Sequence[str], templates: Sequence[str], *, batch_size: int = 256
+) -> Tensor:
+    """One feature per class, to be given to `classify` with the features of images.
+
+    Args:
+        model: With the methods ``encode_image`` and ``encode_text``.
+        tokenizer: The one the model was trained with.
+        classes: C names, as they are put into captions.
+        templates: P captions with ``{}`` where the name goes, such as `gpipe.models.clip_prompts.IMAGENET_TEMPLATES`.
+        batch_size: How many captions go through the model at once.
+
+    Returns:
+        (C, E) float32 on the CPU, of length 1.
+
+    Raises:
+        ValueError: If there are no classes or templates, a template has not exactly one ``{}``, or the model cannot
+            encode texts.
+    """
+    return class_features(caption_features(model, tokenizer, classes, templates, batch_size=batch_size))
+
+
+def caption_features(
+    model: nn.Module, tokenizer: Tokenizer, classes: Sequence[str], templates: Sequence[str], *, batch_size: int = 256
+) -> Tensor:
+    """Features (C, P, E) of the captions of all classes; arguments and errors are those of `zero_shot_classifier`."""
+    if not classes or not templates:
+        raise ValueError(
+            f"expected class names and caption templates, got {len(classes)} and {len(templates)}: "
+            "give at least one of each"
+        )
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ValueError(
+                f"expected {{}} exactly once in every template, got {template!r}: it is where the class goes"
+            )
+    texts = [template.replace("{}", name) for name in classes for template in templates]
+    features = encode_texts(model, tokenizer, texts, batch_size=batch_size)
+    return features.view(len(classes), len(templates), -1)
 
 
 def class_features(captions: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 
-from gpipe.direct import direct
-from gpipe.group_transport import Key, Lane
-from gpipe.mesh import Position
-from gpipe.relay import links
-from gpipe.routes import Route
+from gpipe.ranks.direct import direct
+from gpipe.ranks.group_transport import Key, Lane
+from gpipe.ranks.mesh import Position
+from gpipe.ranks.relay import links
+from gpipe.ranks.routes import Route
 from gpipe.transport import Direction
 from gpipe.ways import Ways
 
@@ -68,7 +68,7 @@ def connected(plan: Plan, accelerators: Sequence[str]) -> dict[Key, Route]:
 
     Args:
         plan: What is to be connected.
-        accelerators: What ``gpipe.direct.accelerator`` gave on every rank.
+        accelerators: What ``gpipe.ranks.direct.accelerator`` gave on every rank.
     """
     if len(accelerators) == 1:
         return {}

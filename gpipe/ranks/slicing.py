@@ -8,8 +8,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from gpipe.deferred import Recorded, recorded
 from gpipe.partitioning.cells import Cell, cells_of
+from gpipe.ranks.deferred import Recorded, recorded
 from gpipe.rng import cell_seed
 
 _WEIGHTS = -1  # in place of a step: weights are drawn before the first

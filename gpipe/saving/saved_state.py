@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gpipe import saved_optimizer
 from gpipe.distributed import DistributedGPipe
-from gpipe.plain_values import JSON, decoded, encoded
-from gpipe.saved_optimizer import Names
+from gpipe.saving import saved_optimizer
+from gpipe.saving.plain_values import JSON, decoded, encoded
+from gpipe.saving.saved_optimizer import Names
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata

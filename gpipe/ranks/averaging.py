@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gpipe.memory import window
-from gpipe.mesh import Position
-from gpipe.routes import ConnectionLost
+from gpipe.ranks.mesh import Position
+from gpipe.ranks.routes import ConnectionLost
 
 _BUCKET = 25 * 2**20  # bytes of gradients that are summed at a time
 
@@ -55,12 +55,22 @@ class Averaging:
         """Begin to sum.
 
         Args:
-            gradients: For every parameter that of this replica, a mean over its rows.
+            gradients: For every parameter that of this replica, a mean over its rows; of none it counts as zero.
             rows: How many.
+
+        Raises:
+            TypeError: A gradient is sparse.
         """
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            if gradient is not None and gradient.layout != torch.strided:
+                raise TypeError(
+                    f"replicas average dense gradients, but that of a parameter of shape {tuple(parameter.shape)} is "
+                    "sparse: make the layer that uses it with sparse=False"
+                )
         self._due = False
         if not self._parameters:
             return
+        gradients = gradients if rows else [None] * len(gradients)  # 0 rows times what is no number is none either
         there = [g is not None for g in gradients]
         self._sums = [torch.tensor(there, dtype=torch.float32, device=self._parameters[0].device)]
         for bucket in _buckets(self._parameters):

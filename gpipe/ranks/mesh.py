@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -78,3 +78,17 @@ def position(mesh: Any) -> Position:
     grid = mesh.mesh if pipeline == 1 else mesh.mesh.T
     group = mesh.get_group(1 - pipeline) if len(grid) > 1 else None
     return Position(rank, grid.tolist(), group)
+
+
+def with_own_group(place: Position) -> Position:
+    """The same with a group like the mesh's, but of its own; called on every rank alike.
+
+    Whoever used the mesh's after a failure would meet what a broken pipe left in it.
+    """
+    if place.group is None:
+        return place
+    backend = dist.get_backend_config(place.group)
+    groups = [dist.new_group(list(ranks), backend=backend) for ranks in zip(*place.grid, strict=True)]
+    own = groups[place.worker]
+    assert isinstance(own, dist.ProcessGroup)
+    return replace(place, group=own)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gpipe.cells import registries
-from gpipe.joining import Joined
+from gpipe.ranks.joining import Joined
 
 
 class SliceModule(nn.Module):

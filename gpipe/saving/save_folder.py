@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gpipe.tensor_files import read_metadata
-from gpipe.whole_files import replacing, sync
+from gpipe.saving.tensor_files import read_metadata
+from gpipe.saving.whole_files import replacing, sync
 
 FORMAT = 1
 _CONTENT = "save.json"

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from gpipe.mesh import Position
+from gpipe.ranks.mesh import Position
+from gpipe.ranks.tied_ranks import Shared
 from gpipe.stage import Stage
 from gpipe.tied import Tied
-from gpipe.tied_ranks import Shared
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from gpipe.averaging import Averaging
-from gpipe.group_transport import GroupTransport
 from gpipe.minibatch import Finished
-from gpipe.share import Share
-from gpipe.tied_ranks import SharedValues
+from gpipe.ranks.averaging import Averaging
+from gpipe.ranks.group_transport import GroupTransport
+from gpipe.ranks.share import Share
+from gpipe.ranks.tied_ranks import SharedValues
 
 
 class Flush:

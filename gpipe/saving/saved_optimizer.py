@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gpipe.plain_values import JSON, decoded, encoded, from_inline, inline
+from gpipe.saving.plain_values import JSON, decoded, encoded, from_inline, inline
 
 STATE = "optimizer.state"
 _LIVE = ("params", "param_names")  # of a group: what the optimizer at hand says, not the save

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gpipe.group_transport import GroupTransport, Key, Lane
-from gpipe.mesh import Position
+from gpipe.ranks.group_transport import GroupTransport, Key, Lane
+from gpipe.ranks.mesh import Position
 from gpipe.tied import Tied, added
 
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gpipe.together import Together
-from gpipe.whole_files import cause
+from gpipe.saving.together import Together
+from gpipe.saving.whole_files import cause
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from gpipe.group_transport import GroupTransport, Lane
-from gpipe.mesh import Position
+from gpipe.ranks.group_transport import GroupTransport, Lane
+from gpipe.ranks.mesh import Position
 
 Told = dict[Any, Any]
 

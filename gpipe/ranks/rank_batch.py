@@ -16,13 +16,13 @@ from gpipe.boundary import Boundary, Gradients, new_anchor
 from gpipe.context import CallerContext, autocast_off
 from gpipe.found import Found
 from gpipe.gradients import collected
-from gpipe.group_transport import GroupTransport
 from gpipe.metering import Meters
 from gpipe.microbatch import gather
 from gpipe.minibatch import Finished
+from gpipe.ranks.group_transport import GroupTransport
+from gpipe.ranks.share import Share
 from gpipe.recording import Recording
 from gpipe.schedule import Action, Kind, Schedule
-from gpipe.share import Share
 from gpipe.stage import Flight, Head
 from gpipe.tied import Replicas, added
 from gpipe.transport import CALLER, Direction, Drain, Supply

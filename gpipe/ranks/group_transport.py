@@ -13,7 +13,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from gpipe.metering import Meters
-from gpipe.routes import Incoming, Outgoing, Route
+from gpipe.ranks.routes import Incoming, Outgoing, Route
 from gpipe.transport import Aborted, Channel, Direction, channel_to
 
 

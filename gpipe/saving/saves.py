@@ -18,12 +18,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gpipe import saved_state
-from gpipe.plain_values import JSON
-from gpipe.save_folder import cleared, newest, partial_of, path_of, publish, summed
-from gpipe.saved_state import Part, Trained
-from gpipe.tensor_files import own_files, read_metadata, read_tensors, write_tensors
-from gpipe.together import Together
+from gpipe.saving import saved_state
+from gpipe.saving.plain_values import JSON
+from gpipe.saving.save_folder import cleared, newest, partial_of, path_of, publish, summed
+from gpipe.saving.saved_state import Part, Trained
+from gpipe.saving.tensor_files import own_files, read_metadata, read_tensors, write_tensors
+from gpipe.saving.together import Together
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,18 +13,21 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from gpipe.agreement import Facts, agree, told
-from gpipe.averaging import equalise
 from gpipe.choosing import AnySchedule, chosen
-from gpipe.deferred import Recorded, recorded
-from gpipe.direct import accelerator
-from gpipe.error_board import ErrorBoard
-from gpipe.group_transport import GroupTransport, Wires
-from gpipe.mesh import position
 from gpipe.partitioning.cells import Cell, cells_of
 from gpipe.partitioning.skips import skips_of
 from gpipe.partitioning.split import split_evenly
-from gpipe.routing import Plan, connected
+from gpipe.ranks.agreement import Facts, agree, told
+from gpipe.ranks.averaging import equalise
+from gpipe.ranks.deferred import Recorded, recorded
+from gpipe.ranks.direct import accelerator
+from gpipe.ranks.error_board import ErrorBoard
+from gpipe.ranks.group_transport import GroupTransport, Wires
+from gpipe.ranks.mesh import position, with_own_group
+from gpipe.ranks.routing import Plan, connected
+from gpipe.ranks.share import Share
+from gpipe.ranks.slicing import Factory, keep_slice, materialise
+from gpipe.ranks.tied_ranks import Shared, SharedValues, shared_parameters, ways
 from gpipe.schedule import Schedule
 from gpipe.settings import (
     Checkpoint,
@@ -36,11 +39,8 @@ from gpipe.settings import (
     check_seed,
     kept_micro_batches,
 )
-from gpipe.share import Share
-from gpipe.slicing import Factory, keep_slice, materialise
 from gpipe.stage import Stage
 from gpipe.tied import Tied, tied_parameters
-from gpipe.tied_ranks import Shared, SharedValues, shared_parameters, ways
 from gpipe.ways import ways_of
 
 if TYPE_CHECKING:
@@ -183,6 +183,7 @@ class _Joining:
 
     def join(self, seed: int, store: Store) -> Joined:
         """Make the routes to the other ranks, and have common values where that is due."""
+        self._position = with_own_group(self._position)
         kept = set(self._module.parameters())
         plan = Plan(self._position, self._hosts, self._ways, ways(self._shared), self._device)
         ranks = dist.get_world_size()
@@ -196,7 +197,7 @@ class _Joining:
             balance=self._balance,
             checkpoint=self._checkpoint,
             seed=seed,
-            share=self._share,
+            share=replace(self._share, position=self._position),
             wires=Wires(self._position.rank, connected(plan, accelerators)),
             board=ErrorBoard(store, ranks),
         )

@@ -22,9 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gpipe.boundary import Boundary
-from gpipe.direct import Direct
-from gpipe.packing import Arrival, Message, pack
-from gpipe.slot import ROOM, STOP, Place, Slot, room
+from gpipe.ranks.direct import Direct
+from gpipe.ranks.packing import Arrival, Message, pack
+from gpipe.ranks.slot import ROOM, STOP, Place, Slot, room
 from gpipe.transport import Aborted, Channel
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from gpipe.error_board import ErrorBoard, Failure, OtherRankFailed, RankLost
-from gpipe.group_transport import GroupTransport, Wires
-from gpipe.routes import ConnectionLost
+from gpipe.ranks.error_board import ErrorBoard, Failure, OtherRankFailed, RankLost
+from gpipe.ranks.group_transport import GroupTransport, Wires
+from gpipe.ranks.routes import ConnectionLost
 from gpipe.transport import Aborted
 
 

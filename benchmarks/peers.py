@@ -1,0 +1,328 @@
+"""The peers: torch.distributed.pipelining, torchgpipe and fairscale's Pipe, each with its best honest settings.
+
+Torchgpipe and fairscale's Pipe run all CPU stages in one worker thread and backward in the caller's: on CPUs they do
+not pipeline. They therefore get all intra-op threads, which is the fastest they can be. Their balance is that of their
+own ``balance_by_time``; torch has none, so that its stages have as many cells each.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.contenders import Contender, Running, counted, idle, own_bytes, tensor_bytes, with_threads
+from benchmarks.flat import FlatCell, flat_cells, packed, riding, unpacked
+from benchmarks.models import Net, parts
+from benchmarks.stage_meters import StageMeters
+from gpipe.partitioning.profile import profile
+from gpipe.partitioning.skips import Key, Skip
+
+PACKAGES = {"torch": "torch.distributed.pipelining", "torchgpipe": "torchgpipe", "fairscale": "fairscale.nn.pipe"}
+
+
+def missing() -> dict[str, str]:
+    """By name the peers that cannot be imported here, and why."""
+    found = {}
+    for name, package in PACKAGES.items():
+        try:
+            _imported(package)
+        except Exception as error:  # whatever an old package does on a new torch
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def _imported(package: str) -> Any:
+    with _quiet():
+        return importlib.import_module(package)
+
+
+@contextmanager
+def _quiet() -> Any:
+    """Without the deprecation warnings of old packages."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _flat(net: Net, chunks: int) -> tuple[list[FlatCell], list[Skip], nn.Module]:
+    module, loss = net.made()
+    x, _ = net.batch()
+    return *flat_cells(module, parts(x, chunks)[0]), loss
+
+
+# --- torch.distributed.pipelining -------------------------------------------------------------------------------------
+
+
+class Slice(nn.Module):
+    """Consecutive cells as a stage for torch: what skips past a boundary travels over it.
+
+    Args:
+        cells: All of the model.
+        skips: Its skip connections.
+        own: Which of the cells are this stage's.
+        recompute: What torch.utils.checkpoint is put around: ``"never"``, ``"cells"`` or ``"stage"``.
+    """
+
+    def __init__(self, cells: Sequence[FlatCell], skips: Sequence[Skip], own: slice, recompute: str) -> None:
+        super().__init__()
+        self.cells = nn.ModuleList(cells[own])  # for their parameters
+        self._flat = list(cells[own])
+        self.entering = _crossing(skips, own.start)
+        self.leaving = _crossing(skips, own.stop)
+        self.recompute = recompute
+
+    def forward(self, *tensors: Tensor) -> Any:
+        """What crosses the next boundary, from what crosses the one before."""
+        return packed(_run(self.recompute == "stage", self._body, *tensors))
+
+    def _body(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        tensors = tuple(_Contiguous.apply(t) if t.requires_grad else t for t in tensors)
+        count = len(tensors) - len(self.entering)
+        held = dict(zip(self.entering, tensors[count:], strict=True))
+        tensors = tensors[:count]
+        for cell in self._flat:
+            popped = [held.pop(key) for key in cell.popped]
+            tensors, stashed = _run(self.recompute == "cells", cell, tensors, popped)
+            held |= zip(cell.stashed, stashed, strict=True)
+        given = *tensors, *(held[key] for key in self.leaving)
+        return tuple(t.contiguous() for t in given)  # torch sends no other
+
+
+class _Contiguous(torch.autograd.Function):
+    """A gradient as torch can send it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.contiguous()
+
+
+def _run(again: bool, function: Callable[..., Any], *arguments: Any) -> Any:
+    from torch.utils.checkpoint import checkpoint
+
+    if not again:
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+def _crossing(skips: Sequence[Skip], cell: int) -> list[Key]:
+    """What is stashed before ``cell`` and popped there or later."""
+    return [skip.key for skip in skips if skip.source < cell <= skip.target]
+
+
+def _own(contender: Contender, rank: int) -> slice:
+    start = sum(contender.balance[:rank])
+    return slice(start, start + contender.balance[rank])
+
+
+def _arriving(cells: Sequence[FlatCell], skips: Sequence[Skip], contender: Contender, rank: int) -> tuple[Tensor, ...]:
+    """What a micro-batch brings to the stage of ``rank``."""
+    x, _ = contender.trains().batch()
+    tensors = unpacked(parts(x, contender.chunks)[0])
+    with torch.no_grad():
+        for k in range(rank):
+            tensors = unpacked(Slice(cells, skips, _own(contender, k), "never")(*tensors))
+    return tuple(t.requires_grad_() if rank and t.is_floating_point() else t for t in tensors)
+
+
+def torch_pipelining(rank: int, contender: Contender) -> Running:
+    """A stage a rank, ``contender.schedule`` the name of a schedule class.
+
+    It is told the shapes. Left to find them out, it runs the model on integers it has not set (CLIP's tokens), and on
+    gradients in a layout that it then refuses to receive (U-Net's skips).
+    """
+    from torch.distributed import pipelining
+
+    net = contender.trains()
+    cells, skips, loss = _flat(net, contender.chunks)
+    module = Slice(cells, skips, _own(contender, rank), str(contender.recompute))
+    arriving = _arriving(cells, skips, contender, rank)
+    device = torch.device("cpu")
+    stage = pipelining.PipelineStage(module, rank, contender.stages, device, arriving, module(*arriving))
+    runs = getattr(pipelining, contender.schedule)(stage, n_microbatches=contender.chunks, loss_fn=loss)
+    x, y = net.batch()
+    inputs = unpacked(x) if rank == 0 else ()
+    options = {"target": y, "losses": []} if rank + 1 == contender.stages else {}
+    modules = [module, loss] if options else [module]
+
+    def step() -> None:
+        for m in modules:
+            m.zero_grad()
+        runs.step(*inputs, return_outputs=False, **options)
+        for p in loss.parameters():  # torch divides by M what belongs to its stages, and forgets the loss
+            if p.grad is not None:
+                p.grad /= contender.chunks
+
+    return Running(step, [p for m in modules for p in m.parameters()], counted(step, rank, modules, inputs))
+
+
+def ceiling(rank: int, contender: Contender) -> Running:
+    """Every rank busy with its own stage, as the balance has it: no bubble, no messages."""
+    net = contender.trains()
+    cells, skips, loss = _flat(net, contender.chunks)
+    module = Slice(cells, skips, _own(contender, rank), "never")
+    inputs = _arriving(cells, skips, contender, rank)
+    last = rank + 1 == contender.stages
+    modules = [module, loss] if last else [module]
+    aims = parts(net.batch()[1], contender.chunks)
+
+    def step() -> None:
+        for m in modules:
+            m.zero_grad()
+        for target in aims:
+            for t in inputs:
+                t.grad = None
+            outputs = module(*inputs)
+            if last:
+                (loss(outputs, target) / contender.chunks).backward()
+            else:
+                given = [t for t in unpacked(outputs) if t.requires_grad]
+                torch.autograd.backward(given, given)
+
+    return Running(step, [p for m in modules for p in m.parameters()], counted(step, rank, modules))
+
+
+# --- torchgpipe and fairscale's Pipe ----------------------------------------------------------------------------------
+
+
+class _Cell(nn.Module):
+    """A flat cell without skips: a tensor or a tuple of tensors in and out."""
+
+    def __init__(self, cell: FlatCell) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, inputs: Any) -> Any:
+        outputs, _ = self.cell(unpacked(inputs))
+        return packed(outputs)
+
+
+def _skipping(package: Any, cell: FlatCell, names: dict[Key, str]) -> nn.Module:
+    """The same as a module that is skippable in the way of ``package``."""
+
+    class Skipping(_Cell):
+        def __init__(self) -> None:
+            super().__init__(cell)
+
+        def forward(self, inputs: Any) -> Any:
+            popped = []
+            for key in self.cell.popped:
+                popped.append((yield package.pop(names[key])))
+            outputs, stashed = self.cell(unpacked(inputs), popped)
+            for key, value in zip(self.cell.stashed, stashed, strict=True):
+                yield package.stash(names[key], value)
+            return packed(outputs)
+
+    stash, pop = ([names[key] for key in keys] for keys in (cell.stashed, cell.popped))
+    made: nn.Module = package.skippable(stash=stash, pop=pop)(Skipping)()
+    return made
+
+
+def _sequential(skip: Any, net: Net, chunks: int) -> tuple[nn.Sequential, nn.Module]:
+    cells, skips, loss = _flat(net, chunks)
+    names = {s.key: f"skip{i}" for i, s in enumerate(skips)}
+    made = [_skipping(skip, cell, names) if cell.popped or cell.stashed else _Cell(cell) for cell in cells]
+    return nn.Sequential(*made), loss
+
+
+def _pipe(package: str, door: str, rank: int, contender: Contender) -> Running:
+    """Both projects have one interface."""
+    if rank:
+        return idle()
+    net = contender.trains()
+    module, loss = _sequential(_imported(f"{package}.skip"), net, contender.chunks)
+    x, y = net.batch()
+    with _quiet():
+        pipe = getattr(_imported(package), door)(
+            module,
+            list(contender.balance),
+            devices=["cpu"] * contender.stages,
+            chunks=contender.chunks,
+            checkpoint=contender.recompute,
+        )
+    inputs = packed(unpacked(x))
+    run = _whole(pipe, inputs, y, contender.chunks, loss)
+
+    def peaks() -> dict[int, int]:
+        before = [own_bytes([stage]) for stage in pipe.partitions]
+        with StageMeters(pipe.partitions) as meters:
+            run()
+            for meter in meters.meters:
+                meter.restart()
+            run()
+        before[0] += tensor_bytes(inputs)
+        return {k: meter.peak + size for k, (meter, size) in enumerate(zip(meters.meters, before, strict=True))}
+
+    step = with_threads(contender.threads, run)
+    return Running(step, [*pipe.parameters(), *loss.parameters()], peaks)
+
+
+def _whole(pipe: nn.Module, x: Any, y: Tensor, chunks: int, loss: nn.Module) -> Callable[[], None]:
+    """A step through a pipe whose output is that of the whole mini-batch."""
+
+    def step() -> None:
+        pipe.zero_grad()
+        loss.zero_grad()
+        outputs = parts(pipe(x), chunks)
+        total = sum(loss(part, aim) for part, aim in zip(outputs, parts(y, chunks), strict=True))
+        del outputs
+        (total / chunks).backward()
+
+    return step
+
+
+def torchgpipe(rank: int, contender: Contender) -> Running:
+    """Torchgpipe's GPipe, all of it in rank 0."""
+    return _pipe("torchgpipe", "GPipe", rank, contender)
+
+
+def fairscale(rank: int, contender: Contender) -> Running:
+    """Fairscale's Pipe, all of it in rank 0."""
+    return _pipe("fairscale.nn.pipe", "Pipe", rank, contender)
+
+
+# --- balance ----------------------------------------------------------------------------------------------------------
+
+
+def uniform(cells: int, stages: int) -> tuple[int, ...]:
+    """As many cells each."""
+    return tuple(cells // stages + (k < cells % stages) for k in range(stages))
+
+
+def balance_of(peer: str, net: Net, chunks: int, stages: int) -> tuple[tuple[int, ...], str]:
+    """Cells per stage by the peer's own tool, and what that was.
+
+    Its profiler fails where cells stash and pop, for it runs backward twice through what was stashed: there it is
+    handed the seconds of ours, and divides by them.
+
+    Args:
+        peer: A key of ``PACKAGES``.
+        net: The model.
+        chunks: Number of micro-batches; it is profiled on one.
+        stages: Number of stages.
+    """
+    if peer == "torch":
+        return uniform(len(_flat(net, chunks)[0]), stages), "as many cells each"
+    package = PACKAGES[peer]
+    module, _ = _sequential(_imported(f"{package}.skip"), net, chunks)
+    sample = parts(net.batch()[0], chunks)[0]
+    tool = _imported(f"{package}.balance")
+    try:
+        with _quiet():
+            found = tool.balance_by_time(stages, module, sample, device="cpu")
+        return tuple(found), "its balance_by_time"
+    except RuntimeError:
+        costs = profile(*riding(net.made()[0], sample, net.batch()[0]), chunks=chunks)
+        times = [int(1e6 * (c.forward_seconds + c.backward_seconds)) for c in costs]
+        return tuple(
+            map(len, tool.blockpartition.solve(times, stages))
+        ), "its block partition of our profile: its own has no skips"

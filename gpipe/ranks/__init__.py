@@ -1,0 +1,1 @@
+"""A pipeline whose stages are the ranks of a torch.distributed world."""
