@@ -38,6 +38,7 @@ class Size:
     chunks: int = 8
 
 
+SIZES = {"full": Size(), "tiny": Size(width=32, text_width=32, layers=1, side=16, context=4, rows=8, chunks=2)}
 Gradients = dict[str, Tensor]
 Step = Callable[[], None]
 
@@ -237,26 +238,19 @@ def costs(ways: dict[str, Contender], samples: dict[str, Samples], size: Size) -
     return Result("Seconds and bytes of a step", columns, rows, note), figure
 
 
-def run(size: Size, rounds: int) -> None:
-    """Measure and report.
-
-    Args:
-        size: Of everything.
-        rounds: Counted rounds.
-    """
-    torch.set_num_threads(1)
-    ways = contenders(size)
-    exact = exactness(ways)
-    samples = interleave({name: steady(way.step) for name, way in ways.items()}, rounds)
-    measured, figure = costs(ways, samples, size)
-    report("contrastive", [measured, exact], samples, figure=figure)
-
-
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Read the arguments, measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    run(Size(), parser.parse_args().rounds)
+    parser.add_argument("--size", choices=list(SIZES), default="full")
+    given = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    size = SIZES[given.size]
+    ways = contenders(size)
+    exact = exactness(ways)
+    samples = interleave({name: steady(way.step) for name, way in ways.items()}, given.rounds)
+    measured, figure = costs(ways, samples, size)
+    report("contrastive", [measured, exact], samples, figure=figure)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import argparse
 import cProfile
 import pstats
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -237,26 +237,17 @@ def _room(path: str) -> str | None:
     return "mini-batch: contexts, gradients, set-up" if "/gpipe/" in path and path.endswith(".py") else None
 
 
-def main() -> None:
-    """Measure and report."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the arguments, measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=20, help="steps a sample, of the tiny sizes")
-    given = parser.parse_args()
-    run(SIZES, given.rounds, given.steps)
-
-
-def run(sizes: tuple[Size, ...], rounds: int, count: int) -> None:
-    """Measure and report.
-
-    Args:
-        sizes: Of the cells; the figure shows those from the fourth on.
-        rounds: Counted rounds.
-        count: Steps a sample.
-    """
+    parser.add_argument("--size", choices=["full", "tiny"], default="full", help="tiny leaves the large cells out")
+    given = parser.parse_args(argv)
     torch.set_num_threads(1)
-    results, samples, figure = compared(sizes, rounds, count)
-    tiny = [breakdown(size, 10 * count) for size in sizes[1:3]]
+    sizes = SIZES if given.size == "full" else SIZES[:4]
+    results, samples, figure = compared(sizes, given.rounds, given.steps)
+    tiny = [breakdown(size, 10 * given.steps) for size in sizes[1:3]]
     report("overhead", [*results, *tiny], samples, figure=figure)
 
 

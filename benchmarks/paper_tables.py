@@ -8,263 +8,21 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
-from typing import Any
 
-import torch
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor, nn
 
 from benchmarks.harness import Result, report
+from benchmarks.paper_costs import P40, P100, PAPERS, amoebanet, gpu, resnet101, tpu, transformer
+from benchmarks.paper_memory import amoebanet_memory, torchgpipe_memory, transformer_memory
 from gpipe import schedules, simulate
 from gpipe.costs import Link, divided_costs
-from gpipe.models.amoebanet import amoebanet_d
-from gpipe.models.resnet import resnet
-from gpipe.models.transformer import gpipe_table1
 from gpipe.partitioning.cost import CellCost
-from gpipe.partitioning.estimate import Speed, estimate
-from gpipe.partitioning.partition import Partition
-from gpipe.partitioning.solve import Infeasible, predict, solve
-from gpipe.training.hardware import EFFICIENCY, LATENCY, Facts, known_device
+from gpipe.partitioning.solve import solve
 
 QUESTION = (
     "How near do estimate and simulate come to the tables in GPipe's and torchgpipe's papers, and why not nearer?"
 )
-PAPERS: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "gpipe_paper.yaml").read_text())
-
-_P100 = Facts(9.3e12, None, 16 * 10**9, 0.732e12, 16e9, "NVIDIA P100 data sheet, PCIe 3.0 x16")
-_P40 = Facts(11.76e12, None, 24 * 10**9, 0.346e12, 16e9, "NVIDIA P40 data sheet, PCIe 3.0 x16")
-STATIC = 3.0  # 12 bytes a parameter in float32: parameter, gradient, one number of the optimizer
-GB, GIB = 10**9, 2**30
-
-
-def _gpu(facts: Facts) -> tuple[Speed, Link]:
-    """At the share of the peaks that ``gpipe plan`` assumes."""
-    assert facts.float32 is not None
-    speed = Speed(EFFICIENCY * facts.float32, EFFICIENCY * facts.bytes_per_second)
-    return speed, (LATENCY, EFFICIENCY * facts.link)
-
-
-def _tpu() -> tuple[Speed, Link]:
-    device = known_device("TPUv3-core", "bfloat16")
-    assert device.speed is not None
-    assert device.link is not None
-    return device.speed, (device.link.latency, device.link.bandwidth)
-
-
-# --- costs of the papers' models --------------------------------------------------------------------------------------
-
-
-class _WithLoss(nn.Module):
-    """A language model's last cell and its loss, by micro-batch: no stage holds the logits of the whole mini-batch."""
-
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        self.head = head
-
-    def forward(self, inputs: Any) -> Tensor:
-        logits = self.head(inputs).flatten(0, 1)
-        targets = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-        loss = nn.functional.cross_entropy(logits, targets, reduction="none")
-        return loss.view(inputs[0].shape[:2]).mean(1)
-
-
-@cache
-def amoebanet(layers: int, filters: int, speed: Speed, rows: int = 1) -> list[CellCost]:
-    """The costs of AmoebaNet-D's cells for a micro-batch of so many images of 224 x 224."""
-    with torch.device("meta"):
-        module = amoebanet_d(layers, filters)
-        return estimate(module, torch.empty(rows, 3, 224, 224), speed=speed)
-
-
-@cache
-def resnet101(speed: Speed, rows: int) -> list[CellCost]:
-    """The costs of its cells for so many images of 224 x 224."""
-    with torch.device("meta"):
-        return estimate(resnet("resnet101"), torch.empty(rows, 3, 224, 224), speed=speed)
-
-
-@cache
-def _transformer_cells(speed: Speed) -> tuple[CellCost, CellCost, CellCost]:
-    """Embedding, layer and output layer, for one text."""
-    with torch.device("meta"):
-        *cells, head = gpipe_table1(2)
-        module = nn.Sequential(*cells, _WithLoss(head))
-        first, layer, _, last = estimate(module, torch.zeros(1, 1024, dtype=torch.long), speed=speed)
-    return first, layer, last
-
-
-def transformer(layers: int, speed: Speed) -> list[CellCost]:
-    """The costs of a Transformer of GPipe's Table 1 with so many layers, for one text."""
-    first, layer, last = _transformer_cells(speed)
-    return [first, *[layer] * layers, last]
-
-
-def parameters(costs: Sequence[CellCost]) -> int:
-    """How many a model has."""
-    return sum(c.parameter_bytes for c in costs) // 4
-
-
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-
-def _fitting(costs: Sequence[CellCost], stages: int, micro_batches: int, limit: int) -> Partition | None:
-    try:
-        return solve(
-            costs, stages, micro_batches=micro_batches, keep=0, static_bytes_per_param=STATIC, memory_limit=limit
-        )
-    except Infeasible:
-        return None
-
-
-def _activations(plan: Partition) -> int:
-    """Bytes of all stages together beside their parameters'."""
-    return sum(stage.bytes - stage.static_bytes for stage in plan.stages)
-
-
-def _rows_meant(plan: Partition, printed_gb: float) -> str:
-    """How many rows a micro-batch would have to have for a paper's bytes of activations, by our count.
-
-    Boundaries stay the same, all else grows with the rows.
-    """
-    boundaries = sum(stage.input_bytes + stage.output_bytes for stage in plan.stages)
-    return f"{(printed_gb * GB - boundaries) / (_activations(plan) - boundaries):.1f}"
-
-
-def amoebanet_memory() -> Result:
-    """GPipe's Table 1, the half for AmoebaNet-D."""
-    table, rows = PAPERS["gpipe_table1_amoebanet"], []
-    speed, _ = _tpu()
-    for i, column in enumerate(table["columns"]):
-        layers, filters = table["layers_filters"][i]
-        costs = amoebanet(layers, filters, speed)
-        kind, stages = column.rsplit("-", 1)
-        held, meant = f"{128 * sum(c.activation_bytes for c in costs) / GB:.2f}", "-"
-        plan = _fitting(costs, int(stages), 128, table["accelerator_memory_gb"] * GB)
-        if kind == "pipeline":
-            shown = plan or solve(costs, int(stages), micro_batches=128, keep=0, static_bytes_per_param=STATIC)
-            held = f"{_activations(shown) / GB:.2f}"
-            meant = _rows_meant(shown, table["peak_activation_gb"][i])
-        rows.append(
-            [
-                column,
-                f"({layers}, {filters})",
-                f"{table['params'][i] / 1e6:,.0f} M",
-                f"{parameters(costs) / 1e6:,.1f} M",
-                f"{table['param_memory_gb'][i]:.2f}",
-                f"{12 * parameters(costs) / GB:.2f}",
-                f"{table['peak_activation_gb'][i]:.2f}",
-                held,
-                meant,
-                "-" if kind == "naive" else f"{max(plan.bytes) / GB:.2f}" if plan else "does not fit",
-            ]
-        )
-    columns = (
-        "column|(L, D)|paper: parameters|ours|paper: their memory, GB|ours|paper: activations, GB|ours|fullest of 8 GB"
-    ).split("|")
-    note = (
-        "Parameters agree but for the rounding of the paper's, whose last column has 24.62 GB for 1.8 G parameters, "
-        "13.7 bytes each and not 12. Activations are those of all accelerators together, batch 128, all recomputed. "
-        "The paper does not print M; ours is 128, one image a micro-batch, the least there can be. What is recomputed "
-        "one micro-batch at a time grows with its images, the boundaries do not: the column before the last says how "
-        "many images would explain the paper's bytes. The naive column cannot be batch 128: PyTorch keeps 0.33 GB an "
-        "image in float32, so 6.26 GB are 19 images. Estimated, not run; XLA fuses operators whose results PyTorch "
-        "keeps."
-    )
-    return Result("GPipe, Table 1: AmoebaNet-D on accelerators of 8 GB (estimated)", columns, rows, note)
-
-
-def largest(stages: int, limit: int, speed: Speed) -> int:
-    """The most Transformer layers that fit, each stage ``limit`` bytes."""
-    low, high = 0, 20 * stages + 20
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = _fitting(transformer(middle, speed), stages, 32, limit) is not None
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return low
-
-
-def transformer_memory(stages: Sequence[int] | None = None) -> Result:
-    """GPipe's Table 1, the half for the Transformer; ``stages`` picks rows."""
-    table, rows = PAPERS["gpipe_table1_transformer"], []
-    limit, (speed, _) = table["accelerator_memory_gb"] * GB, _tpu()
-    for i, column in enumerate(table["columns"]):
-        kind, count = column.rsplit("-", 1)
-        if stages is not None and int(count) not in stages:
-            continue
-        layers = table["layers"][i]
-        costs = transformer(layers, speed)
-        memory, activations = table["param_memory_gb"][i], table["peak_activation_gb"][i]
-        if kind == "naive":
-            held, meant = f"{32 * sum(c.activation_bytes for c in costs) / GB:,.1f}", "-"
-        else:
-            same = solve(costs, int(count), micro_batches=32, keep=0, static_bytes_per_param=STATIC)
-            held, meant = f"{_activations(same) / GB:,.1f}", _rows_meant(same, activations)
-        most = largest(int(count), limit, speed) if kind == "pipeline" else None
-        plan = None if most is None else _fitting(transformer(most, speed), int(count), 32, limit)
-        rows.append(
-            [
-                column,
-                f"{layers:,}",
-                f"{table['params'][i] / 1e6:,.1f} M",
-                f"{parameters(costs) / 1e6:,.1f} M",
-                f"{memory:,.1f}",
-                f"{12 * parameters(costs) / GB:,.1f}",
-                f"{activations:,.1f}",
-                held,
-                meant,
-                "-" if most is None else f"{most:,}",
-                "-" if plan is None else f"{max(plan.bytes) / GB:.2f}",
-            ]
-        )
-    columns = (
-        "column|layers|paper: parameters|ours|paper: their memory, GB|ours|paper: activations, GB|ours|texts a "
-        "micro-batch, for the paper's|layers that fit here|fullest of 16 GB"
-    ).split("|")
-    note = (
-        "Batch 32 as 32 micro-batches of one text, float32, all recomputed, the loss by micro-batch in the last "
-        "stage. Parameters agree to the digits printed; their memory in the paper is 11.2 bytes each, in ours 12, and "
-        "naive-1's two memory cells look exchanged. Activations: as above, the column before the last but one says "
-        "how many texts a micro-batch would explain the paper's. We fit more layers than the paper because our "
-        "micro-batches are the smallest. Estimated, not run; without a fragmenting allocator, and with no room for "
-        "XLA's temporaries."
-    )
-    return Result("GPipe, Table 1: Transformer on accelerators of 16 GB (estimated)", columns, rows, note)
-
-
-def torchgpipe_memory() -> Result:
-    """Torchgpipe's memory benchmark, with its own partitions."""
-    table, rows = PAPERS["torchgpipe_amoebanet_d_memory"], []
-    speed, _ = _gpu(_P40)
-    for i, column in enumerate(table["columns"]):
-        layers, filters = table["layers_filters"][i]
-        costs = amoebanet(layers, filters, speed)
-        balance = table["balance"][i]
-        plan = predict(costs, balance, micro_batches=128, keep=0, static_bytes_per_param=STATIC, input_bytes=602_112)
-        rows.append(
-            [
-                column,
-                f"({layers}, {filters})",
-                " ".join(map(str, balance)),
-                f"{table['model_gib'][i]:.2f}",
-                f"{12 * parameters(costs) / GIB:.2f}",
-                f"{table['peak_activation_gib'][i]:.2f}",
-                f"{_activations(plan) / GIB:.2f}",
-            ]
-        )
-    columns = "column|(L, D)|balance|model, GiB|ours|peak activations, GiB|ours".split("|")
-    note = (
-        "Batch 128 as 128 micro-batches; sums over the stages. The model's bytes agree to the digits. Activations: "
-        "what CUDA's allocator rounds up and cells' workspaces in cuDNN are not in an estimate, and torchgpipe keeps "
-        "the last micro-batch's activations (except_last) while it already holds the gradients of the outputs."
-    )
-    return Result("torchgpipe: memory of AmoebaNet-D (estimated)", columns, rows, note)
-
-
-# --- speed ------------------------------------------------------------------------------------------------------------
 
 
 def throughput(
@@ -301,7 +59,7 @@ def throughput(
 def table2() -> Result:
     """GPipe's Table 2: throughput on TPUs."""
     table, rows = PAPERS["gpipe_table2_throughput"], []
-    speed, link = _tpu()
+    speed, link = tpu()
     models = {"amoebanet_d_18_256": amoebanet(18, 256, speed), "transformer_48": transformer(48, speed)}
     for name, costs in models.items():
         bases = [throughput(costs, 2, 1, link, on_demand=late) for late in (True, False)]
@@ -330,7 +88,7 @@ def table2() -> Result:
 def table3() -> Result:
     """GPipe's Table 3: GPUs without fast links."""
     table, rows = PAPERS["gpipe_table3_no_fast_links"], []
-    speed, link = _gpu(_P100)
+    speed, link = gpu(P100)
     through_host = (2 * link[0], link[1] / 2)
     models = {"amoebanet_d_18_128": amoebanet(18, 128, speed), "transformer_24": transformer(24, speed)}
     for name, costs in models.items():
@@ -350,7 +108,7 @@ def table3() -> Result:
 def torchgpipe_speed() -> Result:
     """Torchgpipe's speed of AmoebaNet-D, with its partitions and with ours."""
     entries, rows = PAPERS["torchgpipe_amoebanet_d_18_256"], []
-    speed, link = _gpu(_P40)
+    speed, link = gpu(P40)
     bases = None
     for entry in entries:
         k, m, balance = entry["stages"], entry["micro_batches"], entry["balance"]
@@ -385,7 +143,7 @@ def torchgpipe_speed() -> Result:
 def resnet_speed() -> Result:
     """Torchgpipe's speed of ResNet-101."""
     rows = []
-    speed, link = _gpu(_P40)
+    speed, link = gpu(P40)
     base = None
     for name, batch, m, measured, ratio, paper in PAPERS["torchgpipe_resnet101_speed"]:
         size = batch // m
@@ -418,7 +176,7 @@ def draw() -> Figure:
     """Throughput over K, papers and simulation."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     axes: Sequence[Axes] = figure.subplots(1, 3)
-    speed, link = _tpu()
+    speed, link = tpu()
     stages = PAPERS["gpipe_table2_throughput"]["stages"]
     models = {"amoebanet_d_18_256": amoebanet(18, 256, speed), "transformer_48": transformer(48, speed)}
     for ax, (name, costs) in zip(axes, models.items(), strict=False):
@@ -430,7 +188,7 @@ def draw() -> Figure:
         ax.set(title=f"GPipe, Table 2: {name}", xlabel="stages", ylabel="throughput over K=2, M=1", xticks=stages)
         ax.legend(fontsize="small")
     entries = PAPERS["torchgpipe_amoebanet_d_18_256"]
-    speed, link = _gpu(_P40)
+    speed, link = gpu(P40)
     for color, m in zip(("C0", "C1", "C2"), (1, 4, 32), strict=True):
         mine = [e for e in entries if e["micro_batches"] == m]
         measured = [e["samples_per_s"] for e in mine]

@@ -1,6 +1,6 @@
 """Pipelines of 2 to 1,024 devices over links from a data centre's to the internet's, simulated.
 
-Run: python -m benchmarks.scale
+Run: python -m benchmarks.scale [--devices 8 64] [--chunks 128 1024]
 """
 
 from __future__ import annotations
@@ -217,27 +217,20 @@ def draw(runs: Mapping[str, Sequence[Run]], work: float, stages: Sequence[int]) 
     return figure
 
 
-def run(stages: Sequence[int] = STAGES, chunks: Sequence[int] = CHUNKS) -> None:
-    """Simulate and report.
-
-    Args:
-        stages: Numbers of devices.
-        chunks: Numbers of micro-batches.
-    """
+def main(argv: Sequence[str] | None = None) -> None:
+    """Simulate and report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--devices", type=int, nargs="+", default=STAGES)
+    parser.add_argument("--chunks", type=int, nargs="+", default=CHUNKS)
+    given = parser.parse_args(argv)
     start = perf_counter()
     seconds, layer = cells()
     work = LAYERS * BATCH * seconds
-    runs = swept(stages, chunks, layer)
-    middle = stages[len(stages) // 2]
-    tables = [winners(runs, work, stages), ends(runs, work, stages), schedules_table(runs, middle)]
+    runs = swept(given.devices, given.chunks, layer)
+    middle = given.devices[len(given.devices) // 2]
+    tables = [winners(runs, work, given.devices), ends(runs, work, given.devices), schedules_table(runs, middle)]
     spent = Samples([perf_counter() - start], [0.0])
-    report("scale", tables, {"all simulations": spent}, figure=draw(runs, work, stages))
-
-
-def main() -> None:
-    """Simulate and report."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    run()
+    report("scale", tables, {"all simulations": spent}, figure=draw(runs, work, given.devices))
 
 
 if __name__ == "__main__":
