@@ -62,7 +62,7 @@ def test_the_simulation_of_scale_finds_slow_links_slow(results):
 
 
 def test_parameters_of_the_papers_tables_are_met():
-    from benchmarks.paper_tables import PAPERS, parameters, tpu, transformer
+    from benchmarks.paper_costs import PAPERS, parameters, tpu, transformer
 
     speed, _ = tpu()
     table = PAPERS["gpipe_table1_transformer"]
