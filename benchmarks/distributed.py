@@ -26,6 +26,8 @@ from benchmarks.harness import Result, interleave, own_process, report
 from benchmarks.models import BATCH, FEED_FORWARD, LAYERS, SEQUENCE, WIDTH, data, layers
 from benchmarks.namespaces import Host
 
+QUESTION = "How close do two ranks on gloo come to two busy cores, and how do they compare with torch's own pipeline?"
+
 LOOP, CEILING = "plain loop", "ceiling"
 OURS = {"DistributedGPipe gpipe": "gpipe", "DistributedGPipe 1F1B": "one_f_one_b"}
 TORCHS = {"torch ScheduleGPipe": "ScheduleGPipe", "torch Schedule1F1B": "Schedule1F1B"}

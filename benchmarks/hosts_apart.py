@@ -22,6 +22,8 @@ from benchmarks.namespaces import two_hosts
 from gpipe.costs import measured_costs
 from gpipe.schedules import BUILDERS
 
+QUESTION = "Does a step of two ranks on hosts far apart take the seconds that the simulator says?"
+
 DELAY, BANDWIDTH = 0.02, 100e6 / 8  # seconds, bytes per second
 LAYERS = 4
 SCHEDULES = ("gpipe", "one_f_one_b")

@@ -9,7 +9,7 @@ import argparse
 import cProfile
 import pstats
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -47,7 +47,7 @@ SIZES = (
     Size(128, 64),
     Size(512, 128),
     Size(512, 512),
-    Size(1024, 1024),
+    Size(1024, 384, chunks=4, cells=2),
 )
 Step = Callable[[], Any]
 
@@ -90,7 +90,7 @@ def repeated(step: Step, count: int, least: float = 0.02) -> Callable[[], float]
         step()
         start = perf_counter()
         done = 0
-        while done < count and (perf_counter() - start < least or done < 2):
+        while done < count and (perf_counter() - start < least or not done):
             step()
             done += 1
         return (perf_counter() - start) / done
@@ -119,23 +119,13 @@ def compared(sizes: tuple[Size, ...], rounds: int, count: int) -> tuple[list[Res
                 [
                     str(size),
                     f"{1e6 * cell_seconds[size]:,.0f}",
-                    *(
-                        f"{1e3 * s.median:.3f} ({1e3 * s.spread[0]:.3f} to {1e3 * s.spread[1]:.3f})"
-                        for s in (plain, piped)
-                    ),
+                    *map(_milliseconds, (plain, piped)),
                     f"{ratios[-1]:.3f}",
                     f"{1e6 * (piped.median - plain.median) / (2 * size.chunks):.0f}",
                 ]
             )
         axes.plot([1e3 * cell_seconds[size] for size in sizes[3:]], ratios[3:], marker="o", label=way)
-        columns = [
-            "cells",
-            "forward of a cell, us",
-            "plain, ms",
-            "K = 1, ms",
-            "K = 1 / plain",
-            "difference, us an action",
-        ]
+        columns = "cells|a cell forward, us|plain, ms|K = 1, ms|K = 1 / plain|difference, us an action".split("|")
         note = (
             "Medians and quartiles of a step: forward, loss and backward of all micro-batches, none recomputed, one "
             "intra-op thread. Plain runs the same micro-batches. An action is one forward or one backward; what a "
@@ -147,6 +137,11 @@ def compared(sizes: tuple[Size, ...], rounds: int, count: int) -> tuple[list[Res
     axes.set_title("What wrapping alone costs")
     axes.legend()
     return results, samples, figure
+
+
+def _milliseconds(samples: Samples) -> str:
+    low, high = samples.spread
+    return f"{1e3 * samples.median:.3f} ({1e3 * low:.3f} to {1e3 * high:.3f})"
 
 
 def _cell_seconds(size: Size) -> float:
@@ -242,26 +237,17 @@ def _room(path: str) -> str | None:
     return "mini-batch: contexts, gradients, set-up" if "/gpipe/" in path and path.endswith(".py") else None
 
 
-def main() -> None:
-    """Measure and report."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the arguments, measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=20, help="steps a sample, of the tiny sizes")
-    given = parser.parse_args()
-    run(SIZES, given.rounds, given.steps)
-
-
-def run(sizes: tuple[Size, ...], rounds: int, count: int) -> None:
-    """Measure and report.
-
-    Args:
-        sizes: Of the cells; the figure shows those from the fourth on.
-        rounds: Counted rounds.
-        count: Steps a sample.
-    """
+    parser.add_argument("--size", choices=["full", "tiny"], default="full", help="tiny leaves the large cells out")
+    given = parser.parse_args(argv)
     torch.set_num_threads(1)
-    results, samples, figure = compared(sizes, rounds, count)
-    tiny = [breakdown(size, 10 * count) for size in sizes[1:3]]
+    sizes = SIZES if given.size == "full" else SIZES[:4]
+    results, samples, figure = compared(sizes, given.rounds, given.steps)
+    tiny = [breakdown(size, 10 * given.steps) for size in sizes[1:3]]
     report("overhead", [*results, *tiny], samples, figure=figure)
 
 

@@ -16,9 +16,10 @@ import numpy as np
 from benchmarks.block_partition import block_partition
 from benchmarks.harness import Result, Samples, report
 from benchmarks.predictions import auto_keep, predicted_bytes, predicted_seconds
-from benchmarks.table1 import transformer_table
 from gpipe.partitioning.cost import CellCost
 from gpipe.partitioning.solve import Infeasible, predict, solve
+
+QUESTION = "How good are the partitions, how fast is the solver, and does a run take the seconds and bytes it predicts?"
 
 
 def chain(rng: np.random.Generator, cells: int, spread: float = 0.7) -> list[CellCost]:
@@ -142,7 +143,6 @@ def main() -> None:
         result, times = measure(arguments.rounds)
         results.append(result)
         samples |= times
-    results.append(transformer_table())
     report("partitioning", results, samples)
 
 

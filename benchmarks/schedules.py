@@ -22,6 +22,8 @@ from gpipe import Schedule, StageCost, Timeline, schedules, simulate
 from gpipe.costs import divided_costs, measured_costs
 from gpipe.partitioning.profile import profile
 
+QUESTION = "What does each schedule gain, and does the simulator say so?"
+
 STAGES = 2
 WIDTH, LAYERS, SEQUENCE, BATCH = 512, 8, 128, 32
 NAMES = ("gpipe", "gpipe_zero_bubble", "one_f_one_b", "zero_bubble_h1")
