@@ -172,9 +172,9 @@ def largest_models(size: str) -> list[Result]:
         note = (
             f"Naive: the mini-batch at once, all kept. Pipelines: M={CHUNKS}, all re-materialised. Found by estimate, "
             "then run: bytes of the fullest stage with parameters, gradients and Adam's state. The loss is not "
-            "estimated, and which gradients wait at a slow stage is guessed from seconds that are: where a stage takes "
-            "more than estimated, that is why. What the paper has at its own sizes is in paper_tables; torch's, "
-            "torchgpipe's and fairscale's largest are not searched for, but the tables above say what they hold."
+            "estimated, and which gradients wait at a slow stage follows from estimated seconds: a stage that takes "
+            "more than estimated has more of them. What the paper has at its own sizes is in paper_tables. The peers' "
+            "largest models are not searched for; the tables above say what they hold."
         )
         title = f"Largest model in {family.cap / MEGA:.0f} MiB a stage: {family.about}"
         results.append(Result(title, columns, rows, note))
