@@ -28,8 +28,8 @@ LAYERS, BATCH, HOST = 1024, 1024, 8  # layers; texts of 1,024 tokens a mini-batc
 ACTION = 50e-6  # seconds to launch an action; assumed
 LIMIT = 80 * 10**9
 STATIC = 8.0  # 16 bytes a parameter of two: bfloat16 weights and gradients, Adam's state and a copy in float32
-STAGES = (8, 16, 32, 64, 128, 256, 512, 1024)
-CHUNKS = (32, 128, 512, 1024)
+STAGES = (8, 16, 32, 64, 128, 256, 1024)
+CHUNKS = (32, 128, 1024)
 LINKS: Mapping[str, Link | None] = {
     "data centre (10 us, 400 Gbit/s)": (10e-6, 50e9),
     "metro (1 ms, 100 Gbit/s)": (1e-3, 12.5e9),
