@@ -14,11 +14,10 @@ from benchmarks import harness
 from benchmarks.bars import bars
 from benchmarks.contenders import STAGES, Contender, tensor_bytes
 from benchmarks.doors import peaks_of, timed_step
-from benchmarks.flat import riding
 from benchmarks.harness import Result, Samples, interleave, report
 from benchmarks.match import PEERS, Balances, Match, missing_note, ours, parser, sources_note
 from benchmarks.memory import MEGA, peaks
-from benchmarks.models import NETS, Net, parts
+from benchmarks.models import NETS, Net
 from benchmarks.throughput import label
 from gpipe.partitioning.cells import cells_of
 from gpipe.partitioning.cost import CellCost
@@ -70,8 +69,7 @@ class Measured:
 def costs_of(net: Net, chunks: int) -> tuple[list[CellCost], int]:
     """Of every cell, and the bytes of a micro-batch of inputs."""
     x, _ = net.batch()
-    module, inputs = riding(net.made()[0], parts(x, chunks)[0], x)
-    return profile(module, inputs, chunks=chunks, company=STAGES - 1), tensor_bytes(x) // chunks
+    return profile(net.made()[0], x, chunks=chunks, company=STAGES - 1), tensor_bytes(x) // chunks
 
 
 def cap_of(net: Net, chunks: int, share: float) -> int:

@@ -106,31 +106,3 @@ def packed(tensors: Sequence[Tensor]) -> Any:
 def unpacked(tensors: Any) -> tuple[Tensor, ...]:
     """The other way round."""
     return (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
-
-
-class _Riding(nn.Module):
-    """A flat cell that takes along what was stashed and not yet popped."""
-
-    def __init__(self, cell: FlatCell, held: Sequence[Key], leaving: Sequence[Key]) -> None:
-        super().__init__()
-        self.cell, self.held, self.leaving = cell, tuple(held), tuple(leaving)
-
-    def forward(self, inputs: Any) -> tuple[tuple[Tensor, ...], ...]:
-        tensors, riding = inputs
-        held = dict(zip(self.held, riding, strict=True))
-        outputs, stashed = self.cell(tensors, [held.pop(key) for key in self.cell.popped])
-        held |= zip(self.cell.stashed, stashed, strict=True)
-        return outputs, tuple(held[key] for key in self.leaving)
-
-
-def riding(module: nn.Module, sample: Any, inputs: Any) -> tuple[nn.Module, Any]:
-    """``module`` and ``inputs`` with skips that ride along from cell to cell, for ``gpipe.partitioning.profile``.
-
-    It runs every cell alone, and does not hand on what is stashed. Modules without skips stay as they are.
-    """
-    if not skips_of(cells_of(module)):
-        return module, inputs
-    cells, skips = flat_cells(module, sample)
-    held = [[s.key for s in skips if s.source < i <= s.target] for i in range(len(cells) + 1)]
-    made = [_Riding(cell, held[i], held[i + 1]) for i, cell in enumerate(cells)]
-    return nn.Sequential(*made), (unpacked(inputs), ())

@@ -10,8 +10,7 @@ import gpipe
 from benchmarks import peers
 from benchmarks.contenders import Contender
 from benchmarks.distributed import Make, Ranks
-from benchmarks.flat import riding
-from benchmarks.models import NETS, Net, parts
+from benchmarks.models import NETS, Net
 from gpipe.partitioning.cells import cells_of
 
 PEERS = ("torch", "torchgpipe", "fairscale")
@@ -58,9 +57,8 @@ class Match:
 def ours(net: Net, chunks: int, stages: int, memory_limit: int | None = None) -> gpipe.GPipe:
     """Our pipe as it divides the model by itself, keeping all activations, or as many as fit a limit."""
     x, _ = net.batch()
-    module, x = riding(net.made()[0], parts(x, chunks)[0], x)
     return gpipe.GPipe(
-        module,
+        net.made()[0],
         devices=["cpu"] * stages,
         chunks=chunks,
         sample=x,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.contenders import Contender, Running, counted, idle, own_bytes, tensor_bytes, with_threads
-from benchmarks.flat import FlatCell, flat_cells, packed, riding, unpacked
+from benchmarks.flat import FlatCell, flat_cells, packed, unpacked
 from benchmarks.models import Net, parts
 from benchmarks.stage_meters import StageMeters
 from gpipe.partitioning.profile import profile
@@ -321,7 +321,7 @@ def balance_of(peer: str, net: Net, chunks: int, stages: int) -> tuple[tuple[int
             found = tool.balance_by_time(stages, module, sample, device="cpu")
         return tuple(found), "its balance_by_time"
     except RuntimeError:
-        costs = profile(*riding(net.made()[0], sample, net.batch()[0]), chunks=chunks)
+        costs = profile(net.made()[0], net.batch()[0], chunks=chunks)
         times = [int(1e6 * (c.forward_seconds + c.backward_seconds)) for c in costs]
         return tuple(
             map(len, tool.blockpartition.solve(times, stages))

@@ -7,15 +7,13 @@ from torch import nn
 from benchmarks import harness, match, peers
 from benchmarks.contenders import Contender
 from benchmarks.doors import gradients_of
-from benchmarks.flat import flat_cells, packed, riding, unpacked
+from benchmarks.flat import flat_cells, unpacked
 from benchmarks.match import Match
 from benchmarks.models import NETS, parts
 from benchmarks.peers import Slice, uniform
 from benchmarks.stage_meters import StageMeters
 from benchmarks.throughput import Measured
 from gpipe.partitioning.cells import cells_of
-from gpipe.partitioning.profile import profile
-from gpipe.partitioning.skips import skips_of
 
 TINY = NETS["tiny"]
 SETTINGS = [
@@ -80,18 +78,6 @@ def test_slices_of_flat_cells_compute_what_the_model_does(net):
         cell.cell.eval()
     expected = module(part)
     assert all(map(torch.equal, tensors, unpacked(expected)))
-
-
-def test_skips_ride_along_so_that_cells_can_be_profiled_alone():
-    made = TINY["U-Net"]
-    module, _ = made.made()
-    x, _ = made.batch()
-    assert skips_of(cells_of(module))
-    chain, inputs = riding(module, parts(x, 2)[0], x)
-    assert len(profile(chain, inputs, chunks=2)) == len(cells_of(module))
-    outputs, held = chain(inputs)
-    assert held == ()
-    assert torch.equal(packed(outputs), module(x))
 
 
 def test_bytes_are_booked_on_the_stage_that_runs():

@@ -95,7 +95,10 @@ def test_simulated_bytes_of_skips_are_those_counted(name, keep):
     with record(pipe, memory=True) as counted:
         pipe.train_step(x, x[:, :1], nn.functional.mse_loss, "micro_batch", schedule=schedule)
     predicted = simulate(schedule, costs, input_bytes=x.nbytes // 8, static_bytes_per_param=2.0)
-    assert predicted.peak_bytes == pytest.approx(counted.peak_bytes, rel=0.06)
+    message = costs[0].boundary_bytes + sum(value_bytes for _, value_bytes, *_ in costs[1].skips)
+    for found, peak in zip(predicted.peak_bytes, counted.peak_bytes, strict=True):
+        assert found <= 1.06 * peak + message
+        assert peak <= 1.06 * found + 8 * message  # how many of the eight wait depends on seconds
 
 
 def test_company_leaves_when_the_profile_is_taken():
