@@ -48,11 +48,11 @@ def _ceiling(rank: int, chunks: int) -> Step:
     return accumulate(layers(LAYERS // STAGES), x.requires_grad_(rank > 0), y, chunks, nn.functional.mse_loss)
 
 
-def _ours(rank: int, chunks: int, schedule: str) -> Step:
-    x, y = data()
-    pipe = gpipe.DistributedGPipe(
-        layers(LAYERS),
-        [LAYERS // STAGES] * STAGES,
+def piped(count: int, chunks: int, schedule: str) -> gpipe.DistributedGPipe:
+    """So many layers as a pipeline of two ranks that keeps all activations, its loss by micro-batch."""
+    return gpipe.DistributedGPipe(
+        layers(count),
+        [count // STAGES] * STAGES,
         chunks=chunks,
         loss_fn=nn.functional.mse_loss,
         loss_over="micro_batch",
@@ -61,6 +61,11 @@ def _ours(rank: int, chunks: int, schedule: str) -> Step:
         seed=0,
         device="cpu",
     )
+
+
+def _ours(rank: int, chunks: int, schedule: str) -> Step:
+    x, y = data()
+    pipe = piped(LAYERS, chunks, schedule)
 
     def step() -> None:
         pipe.zero_grad()

@@ -11,13 +11,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import nn
-
 import gpipe
 from benchmarks.contenders import STAGES
-from benchmarks.distributed import Ranks, Step
+from benchmarks.distributed import Ranks, Step, piped
 from benchmarks.harness import Result, interleave, own_process, report
-from benchmarks.models import BATCH, SEQUENCE, WIDTH, data, layers
+from benchmarks.models import BATCH, SEQUENCE, WIDTH, data
 from benchmarks.namespaces import two_hosts
 from gpipe.costs import measured_costs
 from gpipe.schedules import BUILDERS
@@ -31,17 +29,7 @@ SCHEDULES = ("gpipe", "one_f_one_b")
 
 def _step(rank: int, schedule: str, chunks: int) -> Step:
     """A training step that gives what this rank's stage cost."""
-    pipe = gpipe.DistributedGPipe(
-        layers(LAYERS),
-        [LAYERS // STAGES] * STAGES,
-        chunks=chunks,
-        loss_fn=nn.functional.mse_loss,
-        loss_over="micro_batch",
-        schedule=schedule,
-        checkpoint="never",
-        seed=0,
-        device="cpu",
-    )
+    pipe = piped(LAYERS, chunks, schedule)
     x, y = data()
 
     def step() -> Any:
