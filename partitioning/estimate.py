@@ -67,7 +67,7 @@ def estimate(module: nn.Module, sample_spec: Any, *, speed: Speed, chunks: int =
     cells = alone(cells_of(module))
     if not cells:
         raise ValueError("there is nothing to estimate: the module has no cells")
-    fake = FakeTensorMode()
+    fake = _fake_tensor_mode()
     value = tree_map_only(Tensor, partial(_faked, fake), first_micro_batch(sample_spec, chunks))
     waiting: Waiting = {}
     known: dict[Hashable, tuple[_Estimate, Passed]] = {}
@@ -119,6 +119,13 @@ def _estimate(cell: Alone, entered: Passed) -> tuple[_Estimate, Passed]:
     del left, roots
     found, left = footprint(cell, entered, torch.device("cpu"))
     return _Estimate(forward.get_total_flops(), backward.get_total_flops(), found), cut(left)
+
+
+def _fake_tensor_mode() -> FakeTensorMode:
+    # The first fake tensor of a process puts a device into it that is none, where CUDA finds none. An autograd engine
+    # that starts later begins a thread for it, and then refuses to work in forks of the process: so start it first.
+    torch.autograd.backward(torch.zeros((), requires_grad=True))
+    return FakeTensorMode()
 
 
 def _faked(fake: FakeTensorMode, tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from nets import workers
 
 torch.set_num_threads(1)  # results depend on the number of intra-op threads
+torch.zeros((), requires_grad=True).backward()  # an engine that starts after a fake tensor does not work in forks
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,7 @@
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -85,6 +88,26 @@ def test_estimate_finds_the_bytes_that_profile_measures(net, rows):
     for a, b in zip(measured, estimated, strict=True):
         assert (a.name, a.activation_bytes, a.boundary_bytes) == (b.name, b.activation_bytes, b.boundary_bytes)
         assert a.parameter_bytes == b.parameter_bytes
+
+
+# Fake tensors bring a device that is none, autograd began a thread for it, and no fork of the process went backward.
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="autograd does not fork where there are accelerators")
+def test_a_process_forks_as_before_after_an_estimate():
+    program = """
+import os, sys, torch
+from torch import nn
+from gpipe.partitioning.estimate import Speed, estimate
+module, x = nn.Sequential(nn.Linear(2, 2)), torch.ones(4, 2)
+estimate(module, x, speed=Speed(1e9, 1e9))
+module(x).sum().backward()
+if child := os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+module(x).sum().backward()
+os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_estimate_counts_operations():
