@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 import gpipe
 from benchmarks.harness import Result, Samples, interleave, report
-from gpipe import worker
 
 QUESTION = "What does wrapping cost without any parallelism (K = 1), for cells of microseconds to milliseconds?"
 CELLS, CHUNKS = 4, 8
@@ -174,7 +173,6 @@ ROOMS = {
     "torch/nn/": "cells",
     "benchmarks/": "loss",
 }
-_WAITING = "<method 'get' of '_queue.SimpleQueue' objects>"
 
 
 def breakdown(size: Size, count: int) -> Result:
@@ -182,31 +180,17 @@ def breakdown(size: Size, count: int) -> Result:
     _, piped = steps(size)["loss by micro-batch"]
     for _ in range(3):
         piped()
-    caller, inside = cProfile.Profile(), cProfile.Profile()
-    run = worker._Once.__call__
-
-    def profiled(job: Any) -> None:
-        inside.enable()
-        try:
-            run(job)
-        finally:
-            inside.disable()
-
-    worker._Once.__call__ = profiled  # type: ignore[method-assign]
-    try:
-        caller.enable()
+    seen = cProfile.Profile()
+    with seen:
         for _ in range(count):
             piped()
-        caller.disable()
-    finally:
-        worker._Once.__call__ = run  # type: ignore[method-assign]
-    seconds = _by_room(inside) + _by_room(caller)
+    seconds = _by_room(seen)
     total, actions = sum(seconds.values()), 2 * size.chunks * count
     rows = [[room, f"{1e6 * s / actions:.1f}", f"{100 * s / total:.0f} %"] for room, s in seconds.most_common()]
     rows.append(["all", f"{1e6 * total / actions:.1f}", "100 %"])
     note = (
         "By cProfile, which makes every call dearer, Python's most: read the shares. Functions of torch that are "
-        "written in C++ count for the room that calls them; waiting of one thread for the other is left out."
+        "written in C++ count for the room that calls them."
     )
     return Result(f"Where a step goes, {size}, loss by micro-batch", ["room", "us an action", "share"], rows, note)
 
@@ -216,8 +200,6 @@ def _by_room(profile: cProfile.Profile) -> Counter[str]:
     found: Counter[str] = Counter()
     table: dict[Any, Any] = pstats.Stats(profile).stats  # type: ignore[attr-defined]
     for function, (_, _, own, _, callers) in table.items():
-        if function[2] == _WAITING:
-            continue
         room = _room(function[0])
         if room is not None:
             found[room] += own

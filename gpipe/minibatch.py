@@ -24,7 +24,7 @@ from gpipe.tied import Replicas, Tied, added
 from gpipe.timeline import Span
 from gpipe.transport import CALLER, Direction, Drain, Supply, ThreadTransport
 from gpipe.two_pass import passes, window
-from gpipe.worker import Work, Workers, perform
+from gpipe.worker import CallersThread, Work, Workers, perform
 
 Actions = Sequence[Sequence[Action]]
 
@@ -35,14 +35,14 @@ class Pipeline:
 
     Attributes:
         stages: The stages.
-        workers: The threads that perform their actions.
+        workers: What performs their actions.
         lock: Held while they do: gradients, and what stages learn, are for one thread of the user at a time.
         parameters: The trainable parameters.
         tied: Those that several cells use.
     """
 
     stages: Sequence[Stage]
-    workers: Workers
+    workers: Workers | CallersThread
     lock: AbstractContextManager[Any]
     parameters: Sequence[Tensor]
     tied: Sequence[Tied] = ()

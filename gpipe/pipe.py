@@ -39,7 +39,7 @@ from gpipe.stage import Head, Stage
 from gpipe.tied import tied_parameters
 from gpipe.timeline import Timeline
 from gpipe.ways import ways_of
-from gpipe.worker import Workers
+from gpipe.worker import CallersThread, Workers, workers_for
 
 
 class GPipe(nn.Module):
@@ -295,7 +295,7 @@ class GPipe(nn.Module):
             Stage(k, group, ends[k], device, self.devices.count(device) == 1, ways[k])
             for k, (group, device) in enumerate(zip(groups, self.devices, strict=True))
         ]
-        self._workers: Workers | None = None
+        self._workers: Workers | CallersThread | None = None
         self._lock = threading.RLock()
         self.recording = Recording()
         self.metered = False
@@ -307,7 +307,7 @@ class GPipe(nn.Module):
         if isinstance(module, nn.Sequential) and list(module._modules.values()) != [cell for _, cell in self._cells]:
             raise RuntimeError("the wrapped module's cells were replaced after wrapping: wrap the module again")
         if self._workers is None or not self._workers.usable():
-            self._workers = Workers(len(self._stages), self._intra_op_threads)
+            self._workers = workers_for(len(self._stages), self._intra_op_threads)
         keep = kept_micro_batches(self.checkpoint, len(self._stages), micro_batches)
         if not torch.is_grad_enabled():
             keep = (micro_batches,) * len(self._stages)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from gpipe.context import CallerContext
+from gpipe.context import CallerContext, autocast_off
 from gpipe.metering import Meters
 from gpipe.schedule import Action, Kind
 from gpipe.stage import Flight
@@ -134,6 +134,11 @@ _COMPUTE: dict[Kind, Callable[[Flight, int, Any], Any]] = {
 }
 
 
+def workers_for(stages: int, intra_op_threads: int) -> Workers | CallersThread:
+    """What performs the actions of so many stages."""
+    return CallersThread(intra_op_threads) if stages == 1 else Workers(stages, intra_op_threads)
+
+
 _Jobs = SimpleQueue[Callable[[], None] | None]
 
 
@@ -202,6 +207,32 @@ class Workers:
                 raise failure
             finally:
                 del failure, interrupt  # the traceback holds this frame: keep no cycle
+
+
+class CallersThread:
+    """What a single worker is: the caller itself. Nothing is handed over, and debuggers and profilers see the cells.
+
+    Args:
+        intra_op_threads: As a worker of ``Workers`` would have.
+    """
+
+    def __init__(self, intra_op_threads: int) -> None:
+        self._intra_op_threads = intra_op_threads
+
+    def usable(self) -> bool:
+        """Always: the caller is there."""
+        return True
+
+    def run(self, jobs: Sequence[Callable[[], None]], abort: Callable[[], None] = lambda: None) -> None:
+        """Run the job, without the caller's autocast, which jobs set themselves; what it raises is raised."""
+        callers = torch.get_num_threads()
+        torch.set_num_threads(self._intra_op_threads)
+        try:
+            with autocast_off():
+                for job in jobs:
+                    job()
+        finally:
+            torch.set_num_threads(callers)
 
 
 class _Once:

@@ -21,6 +21,7 @@ from nets import (
     linears,
     make_pipe,
     nets,
+    workers,
 )
 from torch import nn
 from torch.autograd import forward_ad
@@ -362,6 +363,49 @@ def test_context_variables_and_deterministic_mode_reach_the_cells():
     assert [(s["variable"], s["deterministic"]) for s in seen] == [("set", True)] * 3
     loss.backward()
     assert [s["variable"] for s in seen[3:]] == ["set"] * 3
+
+
+class Look(torch.autograd.Function):
+    """Calls a function in forward and in backward."""
+
+    @staticmethod
+    def forward(ctx, x, look):
+        ctx.look = look
+        look()
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.look()
+        return gradient, None
+
+
+@pytest.mark.parametrize("balance", [[2], [1, 1]])
+def test_one_stage_runs_in_the_callers_thread_and_several_do_not(balance):
+    seen, before = [], workers()
+    cell = Apply(lambda x: Look.apply(x, lambda: seen.append(threading.current_thread() is threading.main_thread())))
+    pipe = make_pipe(nn.Sequential(nn.Linear(4, 4), cell), balance, checkpoint="never")
+    pipe(torch.ones(6, 4)).sum().backward()
+    pipe.train_step(torch.ones(6, 4), None, lambda y, _: y.sum(), "micro_batch")
+    assert seen == [len(balance) == 1] * 12
+    assert len(workers()) - len(before) == (0 if len(balance) == 1 else 2)
+
+
+@pytest.mark.parametrize("balance", [[2], [1, 1]])
+def test_stages_keep_their_threads_and_train_step_goes_backward_without_autocast(balance):
+    seen = []
+    cell = Apply(
+        lambda x: Look.apply(x, lambda: seen.append((torch.get_num_threads(), torch.is_autocast_enabled("cpu"))))
+    )
+    pipe = make_pipe(nn.Sequential(nn.Linear(4, 4), cell), balance, checkpoint="never")
+    torch.set_num_threads(2)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            pipe.train_step(torch.ones(6, 4), None, lambda y, _: y.sum(), "micro_batch")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert sorted(seen) == [(1, False)] * 3 + [(1, True)] * 3
 
 
 def test_what_a_cell_may_ask_about_its_situation():
