@@ -219,5 +219,4 @@ def compare(against_torch: bool, rounds: int, chunks: Sequence[int]) -> None:
         f"the plain loop on one rank, {loop:.3f} s with M={chunks[0]}. Torch's pipeline in each row has the same "
         "schedule. All contenders ran in turns in the same two processes."
     )
-    command = f"throughput --engine distributed{' --against torch' if against_torch else ''}"
-    report("distributed", [Result(title, [*columns, "ceiling s"], rows, note)], samples, command)
+    report("distributed", [Result(title, [*columns, "ceiling s"], rows, note)], samples)

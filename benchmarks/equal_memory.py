@@ -1,6 +1,6 @@
 """At one cap of bytes per stage, how fast is each contender at its best?
 
-Run: python -m benchmarks.equal_memory [--rounds 2] [--chunks 8] [--models Transformer ...] [--share 0.5]
+Run: python -m benchmarks.equal_memory [--rounds 2] [--chunks 8] [--models Transformer ...] [--share 0.1 0.5]
 
 Peers: pip install '.[peers]'. Those that are not there are named in the table.
 """
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from benchmarks import harness
 from benchmarks.bars import bars
 from benchmarks.contenders import STAGES, Contender, tensor_bytes
 from benchmarks.doors import peaks_of, timed_step
-from benchmarks.harness import Result, Samples, interleave, report
+from benchmarks.harness import Result, Samples, interleave, ratio, report
 from benchmarks.match import PEERS, Balances, Match, missing_note, ours, parser, sources_note
 from benchmarks.memory import MEGA, peaks
 from benchmarks.models import NETS, Net
@@ -39,7 +40,6 @@ THEIRS = (
     ("fairscale", "gpipe", "never", 2),
     ("fairscale", "gpipe", "except_last", 2),
 )
-ONE_FORWARD_ONE_BACKWARD = ("one_f_one_b", "zero_bubble_h1")
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ class Measured:
     samples: dict[Contender, Samples]
     failed: dict[Contender, str]
 
-    def best(self, doors: Sequence[str]) -> tuple[Contender, float] | None:
-        """The fastest of these doors that fits, and its seconds."""
-        found = [(c, s.median) for c, s in self.samples.items() if c.door in doors]
-        return min(found, key=lambda pair: pair[1], default=None)
+    def best(self, doors: Sequence[str]) -> tuple[Contender, Samples] | None:
+        """The fastest of these doors that fits, and its samples."""
+        found = [(c, s) for c, s in self.samples.items() if c.door in doors]
+        return min(found, key=lambda pair: pair[1].median, default=None)
 
 
 def costs_of(net: Net, chunks: int) -> tuple[list[CellCost], int]:
@@ -98,7 +98,8 @@ def planned(name: str, chunks: int, size: str, cap: int) -> list[Contender]:
         plan = solve(costs, STAGES, micro_batches=chunks, schedule="1f1b", memory_limit=cap, input_bytes=inputs)
     except Infeasible:
         return made
-    for schedule in ONE_FORWARD_ONE_BACKWARD:
+    made.append(Contender("GPipe", name, chunks, size, plan.balance, "one_f_one_b", plan.keep))
+    for schedule in ("one_f_one_b", "zero_bubble_h1"):
         made.append(Contender("DistributedGPipe", name, chunks, size, plan.balance, schedule, plan.keep))
     return made
 
@@ -168,23 +169,27 @@ def summary(all_of_them: Sequence[Measured], size: str, note: str) -> Result:
     for about in all_of_them:
         count = NETS[size][about.net].rows
         mine, theirs = about.best(("GPipe", "DistributedGPipe")), about.best(PEERS)
-        said = [f"{label(b[0])}, M={b[0].chunks}: {count / b[1]:.1f}" if b else "none fits" for b in (mine, theirs)]
-        ratio = f"{theirs[1] / mine[1]:.3f}" if mine and theirs else ""
-        rows.append([about.net, f"{about.cap / MEGA:.2f}", *said, ratio])
+        said = [
+            f"{label(b[0])}, M={b[0].chunks}: {count / b[1].median:.1f}" if b else "none fits" for b in (mine, theirs)
+        ]
+        gain = f"{ratio(theirs[1], mine[1]):.3f}" if mine and theirs else ""
+        rows.append([about.net, f"{about.cap / MEGA:.2f}", *said, gain])
     columns = ["model", "MiB a stage", "our best: samples/s", "best peer: samples/s", "ours / peer's"]
     return Result(f"The same bytes for everybody, K={STAGES}, {STAGES} cores", columns, rows, note)
 
 
-def notes(balances: Sequence[Balances], share: float) -> str:
+def notes(balances: Sequence[Balances], shares: Sequence[float]) -> str:
     """How to read the tables, and what they do not show."""
     return " ".join(
         [
-            f"Cap: {100 * share:.0f} % of the way from what our GPipe schedule is predicted to take with nothing kept "
+            f"Caps: {' and '.join(f'{100 * share:.0f} %' for share in shares)} of the way from "
+            "what our GPipe schedule is predicted to take with nothing kept "
             "to what it takes with all kept. Bytes are counted as in benchmarks.memory, with Adam's state for all; "
             "contenders that take more are not timed. Ours is planned for the cap beforehand (memory_limit; for 1F1B "
             "the solver), the others have the settings they have: torch.utils.checkpoint around each cell or each "
             "stage, or their own modes. Medians of runs in turns in the same two processes; the optimizer's step is "
-            "not in them. One cap a model: what wins depends on it. CPUs only, where torchgpipe and fairscale's Pipe "
+            "not in them; the ratio is the median of those within a round. What wins depends on "
+            "the cap. CPUs only, where torchgpipe and fairscale's Pipe "
             "cannot overlap stages and get both cores as intra-op threads.",
             sources_note(balances),
             missing_note(balances[0].missing),
@@ -199,7 +204,7 @@ def figure(all_of_them: Sequence[Measured], size: str) -> None:
     for about in all_of_them:
         for door in doors:
             best = about.best((door,))
-            series[door].append(NETS[size][about.net].rows / best[1] if best else None)
+            series[door].append(NETS[size][about.net].rows / best[1].median if best else None)
     groups = [f"{about.net}\n{about.cap / MEGA:.1f} MiB" for about in all_of_them]
     bars(harness.RESULTS / "equal_memory.svg", "Best that fits the same cap per stage", "samples/s", groups, series)
 
@@ -207,17 +212,21 @@ def figure(all_of_them: Sequence[Measured], size: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the arguments and measure."""
     options = parser(QUESTION, rounds=2, models=("Transformer", "AmoebaNet-D", "U-Net"))
-    options.add_argument("--share", type=float, default=0.5, help="where the cap is between nothing kept and all kept")
+    options.add_argument(
+        "--share", type=float, nargs="+", default=[0.1, 0.5], help="where caps are between nothing kept and all kept"
+    )
     given = options.parse_args(argv)
-    if not 0 <= given.share <= 1:
+    if not all(0 <= share <= 1 for share in given.share):
         options.error(f"--share must be from 0 (nothing kept) to 1 (all kept), got {given.share}")
     found, balances = [], []
-    for net in given.models:
-        about, own = measured(net, given.chunks, given.size, given.share, given.rounds)
+    for net, share in product(given.models, given.share):
+        about, own = measured(net, given.chunks, given.size, share, given.rounds)
         found.append(about)
         balances.append(own)
     results = [summary(found, given.size, notes(balances, given.share)), *(table(a, given.size) for a in found)]
-    samples = {f"{a.net}: {label(c)}, M={c.chunks}": s for a in found for c, s in a.samples.items()}
+    samples = {
+        f"{a.net}, {a.cap / MEGA:.2f} MiB: {label(c)}, M={c.chunks}": s for a in found for c, s in a.samples.items()
+    }
     report("equal_memory", results, samples)
     figure(found, given.size)
 

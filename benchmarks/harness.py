@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -48,6 +50,16 @@ class Samples:
             return self.clean[0], self.clean[0]
         low, _, high = statistics.quantiles(self.clean, n=4, method="inclusive")
         return low, high
+
+
+def ratio(a: Samples, b: Samples) -> float:
+    """Seconds of ``a`` over those of ``b``, the median over the rounds: what slows the machine for a while slows both.
+
+    Rounds in which one of them was disturbed do not count, unless all were.
+    """
+    rounds = list(zip(a.seconds, b.seconds, map(max, a.foreign, b.foreign), strict=True))
+    quiet = [x / y for x, y, foreign in rounds if foreign < DISTURBED]
+    return statistics.median(quiet or [x / y for x, y, _ in rounds])
 
 
 def interleave(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Samples]:
@@ -152,20 +164,19 @@ def report(
     name: str,
     results: Sequence[Result],
     samples: Mapping[str, Samples],
-    command: str = "",
     figure: Figure | None = None,
 ) -> None:
-    """Print tables, and save them with the machine, every sample and the figure under ``benchmarks/results``.
+    """Print tables, and save them with command, machine, every sample and the figure under ``benchmarks/results``.
 
     Args:
         name: Of the files.
         results: The tables.
         samples: Every contender's.
-        command: What follows ``python -m benchmarks.`` to make the report, where that is not ``name``.
         figure: Of the results.
     """
     about = ", ".join(f"{k} {v}" for k, v in machine().items())
-    lines = [f"`python -m benchmarks.{command or name}`; {about}"]
+    command = shlex.join(["python", *sys.orig_argv[1:]])
+    lines = [f"`{command}`; {about}"]
     for result in results:
         _print(result)
         lines += ["", f"## {result.title}", "", _line(result.columns), "|" + " --- |" * len(result.columns)]
@@ -174,6 +185,7 @@ def report(
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
     record = {
+        "command": command,
         "machine": machine(),
         "results": [asdict(result) for result in results],
         "samples": {k: {"seconds": s.seconds, "foreign": s.foreign} for k, s in samples.items()},

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import gpipe
-from benchmarks.harness import Result, Samples, interleave, report
+from benchmarks.harness import Result, Samples, interleave, ratio, report
 
 QUESTION = "What does wrapping cost without any parallelism (K = 1), for cells of microseconds to milliseconds?"
 CELLS, CHUNKS = 4, 8
@@ -113,7 +113,7 @@ def compared(sizes: tuple[Size, ...], rounds: int, count: int) -> tuple[list[Res
         rows, ratios = [], []
         for size in sizes:
             plain, piped = (samples[f"{size}, {way}: {who}"] for who in ("plain", "K=1"))
-            ratios.append(piped.median / plain.median)
+            ratios.append(ratio(piped, plain))
             rows.append(
                 [
                     str(size),
@@ -127,7 +127,8 @@ def compared(sizes: tuple[Size, ...], rounds: int, count: int) -> tuple[list[Res
         columns = "cells|a cell forward, us|plain, ms|K = 1, ms|K = 1 / plain|difference, us an action".split("|")
         note = (
             "Medians and quartiles of a step: forward, loss and backward of all micro-batches, none recomputed, one "
-            "intra-op thread. Plain runs the same micro-batches. An action is one forward or one backward; what a "
+            "intra-op thread; the ratio is the median of those within a round. "
+            "Plain runs the same micro-batches. An action is one forward or one backward; what a "
             "mini-batch costs once is spread over its 2 M actions. It does not show what several stages gain or wait."
         )
         results.append(Result(f"K = 1 against plain PyTorch, {way}", columns, rows, note))

@@ -8,7 +8,6 @@ Peers: pip install '.[peers]'. Those that are not there are named in the table.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from benchmarks import harness
 from benchmarks.bars import bars
 from benchmarks.contenders import STAGES, Contender
 from benchmarks.doors import timed_step
-from benchmarks.harness import Result, Samples, interleave, report
+from benchmarks.harness import Result, Samples, interleave, ratio, report
 from benchmarks.match import PEERS, Balances, Match, missing_note, parser, sources_note
 from benchmarks.models import NETS
 
@@ -55,29 +54,33 @@ class Measured:
         chunks: M.
         samples: Of the contenders that ran.
         failed: Why the others did not.
-        ceiling: By rank the seconds of its stage on its own.
+        bound: Seconds below which a pipeline that runs whole backwards cannot be; see ``bounds``.
     """
 
     net: str
     chunks: int
     samples: dict[Contender, Samples]
     failed: dict[Contender, str]
-    ceiling: Sequence[float]
+    bound: Samples
 
-    @property
-    def bound(self) -> float:
-        """Seconds below which a pipeline that runs whole backwards cannot be.
+    def best(self, doors: Sequence[str]) -> tuple[Contender, Samples] | None:
+        """The fastest of these doors, and its samples."""
+        found = [(c, s) for c, s in self.samples.items() if c.door in doors and c.stages > 1]
+        return min(found, key=lambda pair: pair[1].median, default=None)
 
-        The slowest stage is busy all the time, and waits for one micro-batch to pass the others: for even stages this
-        is the ceiling times (M + K - 1) / M.
-        """
-        slowest = max(self.ceiling)
-        return slowest + (sum(self.ceiling) - slowest) / self.chunks
 
-    def best(self, doors: Sequence[str]) -> tuple[Contender, float] | None:
-        """The fastest of these doors, and its seconds."""
-        found = [(c, s.median) for c, s in self.samples.items() if c.door in doors and c.stages > 1]
-        return min(found, key=lambda pair: pair[1], default=None)
+def bounds(ceiling: Samples, by_rank: Sequence[Sequence[float]], chunks: int) -> Samples:
+    """The bound by round.
+
+    The slowest stage is busy all the time, and waits for one micro-batch to pass the others: for even stages this is
+    the ceiling times (M + K - 1) / M.
+
+    Args:
+        ceiling: Samples of the ceiling.
+        by_rank: For each of them the seconds of every rank's stage on its own.
+        chunks: M.
+    """
+    return Samples([max(ranks) + (sum(ranks) - max(ranks)) / chunks for ranks in by_rank], ceiling.foreign)
 
 
 class _Stages:
@@ -93,10 +96,6 @@ class _Stages:
             raise RuntimeError(f"the ceiling failed: {self._match.failed[self._contender]}")
         self.by_rank.append([seconds for seconds, _ in answers])
         return max(self.by_rank[-1])
-
-    def medians(self) -> list[float]:
-        """Of every rank, the first run left out as warm-up."""
-        return [statistics.median(seconds) for seconds in zip(*self.by_rank[1:], strict=True)]
 
 
 def contenders(net: str, chunks: int, size: str, balances: Balances, grid: bool) -> list[Contender]:
@@ -122,7 +121,8 @@ def measured(net: str, chunks: int, size: str, balances: Balances, grid: bool, r
         top = next(c for c in able if c.door == "ceiling")
         stages = _Stages(match, top)
         found = interleave(runs | {str(top): stages}, rounds)
-        return Measured(net, chunks, {c: found[str(c)] for c in able}, match.failed, stages.medians())
+        bound = bounds(found[str(top)], stages.by_rank[1:], chunks)  # the first was the warm-up's
+        return Measured(net, chunks, {c: found[str(c)] for c in able}, match.failed, bound)
     finally:
         match.close()
 
@@ -152,7 +152,7 @@ def table(about: Measured, size: str) -> Result:
     for contender, samples in about.samples.items():
         seconds = samples.median
         spread = f"{rows_of_batch / max(samples.clean):.1f} to {rows_of_batch / min(samples.clean):.1f}"
-        share = f"{about.bound / seconds:.3f}" if contender.stages > 1 else ""
+        share = f"{ratio(about.bound, samples):.3f}" if contender.stages > 1 else ""
         balance = "+".join(map(str, contender.balance))
         rows.append([label(contender), balance, f"{rows_of_batch / seconds:.1f}", spread, f"{seconds:.3f}", share])
     rows += [[label(c), "+".join(map(str, c.balance)), "failed", why, "", ""] for c, why in about.failed.items()]
@@ -170,14 +170,14 @@ def summary(all_of_them: Sequence[Measured], size: str, note: str) -> Result:
         row = [
             f"{about.net}, M={about.chunks}",
             label(ours[0]),
-            f"{count / ours[1]:.1f}",
-            f"{about.bound / ours[1]:.3f}",
+            f"{count / ours[1].median:.1f}",
+            f"{ratio(about.bound, ours[1]):.3f}",
         ]
         if theirs is None:
             rows.append([*row, "none ran", "", "", ""])
             continue
-        share = f"{about.bound / theirs[1]:.3f}"
-        rows.append([*row, label(theirs[0]), f"{count / theirs[1]:.1f}", share, f"{theirs[1] / ours[1]:.3f}"])
+        shares = f"{ratio(about.bound, theirs[1]):.3f}", f"{ratio(theirs[1], ours[1]):.3f}"
+        rows.append([*row, label(theirs[0]), f"{count / theirs[1].median:.1f}", *shares])
     columns = ["model", "our best", "samples/s", "bound / s", "best peer", "samples/s", "bound / s", "ours / peer's"]
     return Result(f"Training steps, K={STAGES}, {STAGES} cores: samples a second", columns, rows, note)
 
@@ -186,7 +186,8 @@ def notes(found: Sequence[Balances]) -> str:
     """How to read the tables, and what they do not show."""
     return " ".join(
         [
-            "Medians of runs in turns in the same two processes. Bound: seconds of the slowest stage on its own while "
+            "Medians of runs in turns in the same two processes; ratios are medians of those within a round, which "
+            "shares the machine's slower and faster minutes. Bound: seconds of the slowest stage on its own while "
             "the other runs too (ceiling), and of one micro-batch on each other stage; even stages: ceiling x "
             "(M+K-1)/M. Schedules that cut the backward in two may pass it. A step is forward, loss on every "
             "micro-batch and backward, all activations kept unless said; the optimizer's step, alike for all, is not "
@@ -205,7 +206,7 @@ def figure(all_of_them: Sequence[Measured], size: str) -> None:
     names = [label(Contender(d, "", 0, size, (1, 1), s, r, t)) for d, s, r, t in (*OURS, *THEIRS)]
     series: dict[str, list[float | None]] = {name: [] for name in names}
     for about in all_of_them:
-        share = {label(c): about.bound / s.median for c, s in about.samples.items()}
+        share = {label(c): ratio(about.bound, s) for c, s in about.samples.items()}
         for name, heights in series.items():
             heights.append(share.get(name))
     groups = [f"{about.net}\nM={about.chunks}" for about in all_of_them]
@@ -247,6 +248,7 @@ def across(nets: Sequence[str], chunks: Sequence[int], size: str, grid: bool, ro
             found.append(measured(net, m, size, balances[-1], grid, rounds))
     results = [summary(found, size, notes(balances)), *(table(about, size) for about in found)]
     samples = {f"{a.net}, M={a.chunks}: {label(c)}": s for a in found for c, s in a.samples.items()}
+    samples |= {f"{a.net}, M={a.chunks}: bound": a.bound for a in found}
     report("throughput", results, samples)
     figure(found, size)
 

@@ -28,14 +28,15 @@ class Seconds(NamedTuple):
 def rounds(cells: Sequence[Alone], inputs: Any, device: torch.device) -> Iterator[list[Seconds]]:
     """Time copies of the cells on one micro-batch, as often as asked.
 
-    On the CPU all go forward, then all backward, as in a stage: caches and memory are as cold as in training. On an
+    On the CPU all go forward, then all backward, as in a stage: caches and memory are as cold as in training, and hold
+    two micro-batches. On an
     accelerator, where that matters less, one at a time is there, so that a model larger than it can be measured.
     """
     if device.type == "cpu":
         copies = [_placed(cell, device) for cell in cells]
         _timed(copies, inputs, {}, device)  # pays for what is made only once
         while True:
-            yield _timed(copies, inputs, {}, device)[0]
+            yield _under_way(copies, inputs, device)
     while True:
         yield _one_by_one(cells, inputs, device)
 
@@ -96,26 +97,54 @@ def _one_by_one(cells: Sequence[Alone], value: Any, device: torch.device) -> lis
 
 def _timed(cells: Sequence[Alone], value: Any, waiting: Waiting, device: torch.device) -> tuple[list[Seconds], Any]:
     """All forward, all backward; the seconds, and the output."""
-    forward, entries = [], []
+    forward, entries, left = _forward(cells, value, waiting, device)
+    return _joined(forward, _backward(cells, entries, device)), left
+
+
+def _under_way(cells: Sequence[Alone], inputs: Any, device: torch.device) -> list[Seconds]:
+    """The same with another micro-batch under way, whose backward is the one timed.
+
+    The first backward after a forward gets memory from the system that the next, in a stage, finds free.
+    """
+    _, first, _ = _forward(cells, inputs, {}, device)
+    forward, second, _ = _forward(cells, inputs, {}, device)
+    _backward(cells, second, device)
+    return _joined(forward, _backward(cells, first, device))
+
+
+def _joined(forward: Sequence[float], backward: Sequence[float]) -> list[Seconds]:
+    return [Seconds(f, b) for f, b in zip(forward, backward, strict=True)]
+
+
+def _forward(
+    cells: Sequence[Alone], value: Any, waiting: Waiting, device: torch.device
+) -> tuple[list[float], list[_Entry], Any]:
+    """The seconds of every cell, where its backward begins, and the output."""
+    seconds, entries = [], []
     for cell in cells:
         entered = cell.entered(value, waiting)
         with located(cell):
             start = _now(device)
             left = cell(opened(entered))
-            forward.append(_now(device) - start)
+            seconds.append(_now(device) - start)
         entries.append(_Entry.of(left))
         value = cell.went_on(cut(left), waiting)
         del entered, left
-    backward = []
+    return seconds, entries, value
+
+
+def _backward(cells: Sequence[Alone], entries: Sequence[_Entry], device: torch.device) -> list[float]:
+    """The seconds of every cell, in the order of the cells."""
+    seconds = []
     for cell, entry in zip(reversed(cells), reversed(entries), strict=True):
         gradients = [torch.ones(shape, dtype=dtype, device=device) for shape, dtype in entry.kinds]
         with located(cell):
             start = _now(device)
             if entry.edges:
                 torch.autograd.backward(entry.edges, gradients)
-            backward.append(_now(device) - start)
+            seconds.append(_now(device) - start)
         entry.edges.clear()
-    return [Seconds(f, b) for f, b in zip(forward, reversed(backward), strict=True)], value
+    return seconds[::-1]
 
 
 class _Entry(NamedTuple):

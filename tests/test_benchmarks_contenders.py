@@ -8,11 +8,12 @@ from benchmarks import harness, match, peers
 from benchmarks.contenders import Contender
 from benchmarks.doors import gradients_of
 from benchmarks.flat import flat_cells, unpacked
+from benchmarks.harness import Samples
 from benchmarks.match import Match
 from benchmarks.models import NETS, parts
 from benchmarks.peers import Slice, uniform
 from benchmarks.stage_meters import StageMeters
-from benchmarks.throughput import Measured
+from benchmarks.throughput import bounds
 from gpipe.partitioning.cells import cells_of
 
 TINY = NETS["tiny"]
@@ -96,8 +97,15 @@ def test_bytes_are_booked_on_the_stage_that_runs():
 
 
 def test_the_bound_of_even_stages_is_the_ceiling_and_the_bubble():
-    assert Measured("", 8, {}, {}, [2.0, 2.0]).bound == pytest.approx(2.0 * 9 / 8)
-    assert Measured("", 4, {}, {}, [2.0, 1.0]).bound == pytest.approx(2.0 + 1.0 / 4)
+    assert bounds(Samples([2.0], [0.0]), [[2.0, 2.0]], 8).seconds == pytest.approx([2.0 * 9 / 8])
+    assert bounds(Samples([2.0], [0.0]), [[2.0, 1.0]], 4).seconds == pytest.approx([2.0 + 1.0 / 4])
+
+
+def test_a_ratio_is_that_of_rounds_and_leaves_disturbed_ones_out():
+    slowing = Samples([1.0, 2.0, 4.0], [0.0] * 3)
+    assert harness.ratio(slowing, Samples([2.0, 4.0, 8.0], [0.0] * 3)) == 0.5
+    assert harness.ratio(slowing, Samples([2.0, 1.0, 8.0], [0.0, 1.0, 0.0])) == 0.5
+    assert harness.ratio(slowing, Samples([1.0, 1.0, 1.0], [1.0] * 3)) == 2.0
 
 
 def test_a_peer_that_is_not_installed_is_named(monkeypatch):

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import pickle
-import socket
 import time
 import traceback
 
@@ -17,10 +16,7 @@ class World:
     def __init__(self, ranks, backend="gloo", hosts=None):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch._dynamo", "torch.distributed", "gpipe.distributed", "nets"])
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        address = f"tcp://{hosts[0].first if hosts else '127.0.0.1'}:{port}"
+        address = hosts[0].first if hosts else "127.0.0.1"
         ends = [context.Pipe() for _ in range(ranks)]
         self._pipes = [ours for ours, _ in ends]
         self.processes = [
@@ -31,6 +27,9 @@ class World:
         ]
         for process in self.processes:
             process.start()
+        port = self._pipes[0].recv()
+        for pipe in self._pipes[1:]:
+            pipe.send(port)
 
     def run(self, function, *args, seconds=30):
         """``function(rank, *args)`` on every rank; what each returned, or the exception it raised."""
@@ -87,7 +86,7 @@ def _serve(rank, ranks, address, pipe, backend, host):
         host.enter()
     # otherwise looks this machine's name up, which may take 5 seconds
     os.environ["GLOO_SOCKET_IFNAME"] = "lo" if host is None else host.interface
-    dist.init_process_group(backend, address, rank=rank, world_size=ranks)
+    dist.init_process_group(backend, store=_store(rank, address, pipe), rank=rank, world_size=ranks)
     while True:
         try:
             function, args = pickle.loads(pipe.recv_bytes())
@@ -102,3 +101,12 @@ def _serve(rank, ranks, address, pipe, backend, host):
         pipe.send_bytes(pickle.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _store(rank, address, pipe):
+    """The world's: rank 0 opens it at a port that is free, and says which."""
+    if rank:
+        return dist.TCPStore(address, pipe.recv())
+    store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+    pipe.send(store.port)
+    return store
