@@ -322,6 +322,29 @@ def test_skips_that_do_not_match_are_refused(measure):
         skips(nn.Sequential(nn.Linear(6, 6), Pop(once)), torch.randn(5, 6), measure)
 
 
+# The first backward after a forward gets its memory from the system, which is slow, and in a stage it is one of many.
+def test_seconds_are_those_with_another_micro_batch_under_way():
+    events = []
+
+    class Seen(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            events.append("forward")
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            events.append("backward")
+            return gradient
+
+    class Cell(nn.Linear):
+        def forward(self, x):
+            return Seen.apply(super().forward(x))
+
+    profile(nn.Sequential(Cell(2, 2)), torch.ones(4, 2), repeats=2)
+    assert events[-8:] == ["forward", "forward", "backward", "backward"] * 2
+
+
 def test_profile_wants_one_device():
     with pytest.raises(ValueError, match="on one device, found cpu, meta"):
         profile(nn.Sequential(Pair()), (torch.randn(2, 6), torch.zeros(2, 3, dtype=torch.long, device="meta")))
