@@ -110,7 +110,7 @@ def _rank(rank: int, port: int, host: Host | None, make: Make, pipe: Connection)
     address = "127.0.0.1" if host is None else host.first
     dist.init_process_group("gloo", f"tcp://{address}:{port}", rank=rank, world_size=STAGES)
     steps: dict[tuple[Any, int], Step] = {}
-    with suppress(EOFError):
+    with suppress(EOFError, BrokenPipeError):  # the parent is done with this world
         while True:
             contender = pipe.recv()
             try:
