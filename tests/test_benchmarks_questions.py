@@ -1,6 +1,7 @@
 """The scripts of one question each, at a tiny size: every table, every sample and a figure are left."""
 
 import json
+import sys
 from importlib import import_module
 
 import pytest
@@ -23,14 +24,16 @@ def results(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("script", TIMED)
-def test_a_script_leaves_table_samples_and_figure(results, script):
+def test_a_script_leaves_table_samples_and_figure(results, monkeypatch, script):
+    monkeypatch.setattr(sys, "orig_argv", ["/bin/python3", "-m", f"benchmarks.{script}", *TIMED[script]])
     import_module(f"benchmarks.{script}").main(TIMED[script])
     record = json.loads((results / f"{script}.json").read_text())
     assert record["machine"]["torch"]
     assert all(len(samples["seconds"]) == 1 for samples in record["samples"].values())
     assert all(len(row) == len(result["columns"]) for result in record["results"] for row in result["rows"])
     assert "</svg>" in (results / f"{script}.svg").read_text()
-    assert (results / f"{script}.md").read_text().startswith(f"`python -m benchmarks.{script}`")
+    assert (results / f"{script}.md").read_text().startswith(f"`python -m benchmarks.{script} --size tiny --rounds 1")
+    assert record["command"].startswith(f"python -m benchmarks.{script} --size tiny --rounds 1")
 
 
 def test_the_gradients_of_every_way_are_those_of_cached_features_to_the_bit():

