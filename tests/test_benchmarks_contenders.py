@@ -104,7 +104,7 @@ def test_the_bound_of_even_stages_is_the_ceiling_and_the_bubble():
 def test_a_ratio_is_that_of_rounds_and_leaves_disturbed_ones_out():
     slowing = Samples([1.0, 2.0, 4.0], [0.0] * 3)
     assert harness.ratio(slowing, Samples([2.0, 4.0, 8.0], [0.0] * 3)) == 0.5
-    assert harness.ratio(slowing, Samples([2.0, 1.0, 8.0], [0.0, 1.0, 0.0])) == 0.5
+    assert harness.ratio(slowing, Samples([2.0, 1.0, 1.0], [0.0, 1.0, 1.0])) == 0.5
     assert harness.ratio(slowing, Samples([1.0, 1.0, 1.0], [1.0] * 3)) == 2.0
 
 
