@@ -2,19 +2,22 @@
 
 import gc
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
+from pacing import in_turn, turns
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from gpipe import GPipe, record
+from gpipe import GPipe, record, schedules
 from gpipe.metering import Meters
 from gpipe.models.clip import clip
 from gpipe.models.unet import unet
 from gpipe.partitioning.live import LiveBytes
 from gpipe.partitioning.profile import profile
 from gpipe.partitioning.solve import predict
+from gpipe.queueing import waiting_bytes
 
 
 def test_a_storage_counts_once_and_until_it_is_freed():
@@ -121,6 +124,16 @@ def mini_batch(net):
     return torch.randn(16, 3, 32, 32), torch.randint(1, 100, (16, 16)), torch.full((16,), 15)
 
 
+def lasting(costs, balance, seconds):
+    """``costs`` of cells, whose stages take so many seconds forward and backward."""
+    found = iter(costs)
+    return [
+        replace(cost, forward_seconds=forward / size, backward_seconds=backward / size)
+        for size, (forward, backward) in zip(balance, seconds, strict=True)
+        for cost in itertools.islice(found, size)
+    ]
+
+
 def step(pipe, optimizer, x):
     optimizer.zero_grad()
     outputs = pipe(x)
@@ -138,18 +151,26 @@ def measured_peaks(pipe, x):
     return [size + peak for size, peak in zip(state, timeline.peak_bytes, strict=True)]
 
 
+SECONDS = {
+    "even": [(1.0, 2.0), (1.0, 2.0)],
+    "slow first": [(4.0, 8.0), (1.0, 2.0)],
+    "slow last": [(1.0, 2.0), (4.0, 8.0)],
+}
+
+
+@pytest.mark.parametrize("pace", SECONDS)
 @pytest.mark.parametrize("keep", [0, 1, 4, 8])
 @pytest.mark.parametrize("net", [convolutions, transformer, contrastive, skipping])
-def test_predicted_bytes_are_those_measured(net, keep):
+def test_predicted_bytes_are_those_measured(net, keep, pace):
     torch.manual_seed(0)
     module, balance = net()
     x = mini_batch(net)
     inputs = sum(t.nbytes for t in tree_leaves(x)) // MICRO_BATCHES
     pipe = GPipe(module, balance, devices=["cpu"] * 2, chunks=MICRO_BATCHES, checkpoint=keep)
-    for _ in range(3):  # how many messages wait for a stage depends on seconds, which other processes disturb
-        costs = profile(module, x, chunks=MICRO_BATCHES, repeats=1)
-        predicted = predict(costs, balance, micro_batches=MICRO_BATCHES, keep=keep, input_bytes=inputs)
-        measured = pytest.approx(measured_peaks(pipe, x), rel=0.05)
-        if list(predicted.bytes) == measured:
-            break
-    assert list(predicted.bytes) == measured
+    costs = lasting(profile(module, x, chunks=MICRO_BATCHES, repeats=1), balance, SECONDS[pace])
+    predicted = predict(costs, balance, micro_batches=MICRO_BATCHES, keep=keep, input_bytes=inputs)
+    waiting = waiting_bytes(predicted, costs, inputs)
+    schedule = schedules.with_recompute(schedules.gpipe(stages=2, micro_batches=MICRO_BATCHES), keep)
+    with in_turn(turns(schedule, SECONDS[pace], halves=True)):
+        measured = measured_peaks(pipe, x)
+    assert [a + b for a, b in zip(predicted.bytes, waiting, strict=True)] == pytest.approx(measured, rel=0.05)
