@@ -86,11 +86,11 @@ def interleave(contenders: Mapping[str, Callable[[], float]], rounds: int) -> di
 
 
 def _wait_for_quiet(limit: float = 20.0) -> None:
-    """Return once other processes have left the machine alone for half a second, or after ``limit`` seconds."""
+    """Return once other processes have left the machine alone for a quarter of a second, or after ``limit`` seconds."""
     end = time.perf_counter() + limit
     while time.perf_counter() < end:
         busy, own, start = _busy(), _own(), time.perf_counter()
-        time.sleep(0.5)
+        time.sleep(0.25)
         foreign = (_busy() - busy) - (_own() - own)
         if foreign < DISTURBED * (time.perf_counter() - start) * (os.cpu_count() or 1):
             return

@@ -109,7 +109,7 @@ def missing_note(missing: dict[str, str]) -> str:
 
 
 def parser(
-    question: str, *, rounds: int | None = None, models: Sequence[str] = tuple(NETS["full"])
+    question: str, *, rounds: int | None = None, models: Sequence[str] = tuple(NETS["full"]), size: str = "full"
 ) -> argparse.ArgumentParser:
     """The options that these benchmarks share.
 
@@ -117,11 +117,12 @@ def parser(
         question: What the benchmark answers.
         rounds: Counted rounds, if not said otherwise; None where nothing is timed.
         models: Names of the models, if not said otherwise.
+        size: Theirs, if not said otherwise.
     """
     found = argparse.ArgumentParser(description=question)
     if rounds is not None:
         found.add_argument("--rounds", type=int, default=rounds, help="counted rounds")
     found.add_argument("--chunks", type=int, nargs="+", default=[8], help="numbers of micro-batches M")
     found.add_argument("--models", nargs="+", choices=list(NETS["full"]), default=list(models))
-    found.add_argument("--size", choices=list(NETS), default="full", help="tiny: for tests")
+    found.add_argument("--size", choices=list(NETS), default=size, help="tiny: for tests")
     return found

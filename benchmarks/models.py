@@ -1,4 +1,4 @@
-"""What the benchmarks train: five models at sizes for a CPU, and the same tiny, for tests."""
+"""What the benchmarks train: five models at sizes for a CPU, to fill an accelerator, and tiny, for tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from gpipe.models.amoebanet import amoebanet_d
+from gpipe.models.amoebanet import Stem, amoebanet_d
 from gpipe.models.clip import clip
 from gpipe.models.contrastive import ContrastiveLoss
 from gpipe.models.resnet import resnet
@@ -73,6 +73,11 @@ def _part(chunks: int, m: int, tensor: Tensor) -> Tensor:
     return tensor.chunk(chunks)[m]
 
 
+def moved(tree: Any, device: torch.device) -> Any:
+    """``tree`` with its tensors on ``device``."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), tree)
+
+
 def normal(*shape: int) -> Callable[[int], Tensor]:
     """Rows of normal numbers."""
     return lambda rows: torch.randn(rows, *shape)
@@ -123,11 +128,11 @@ def clip_vit(*, width: int, text_width: int, count: int, side: int, context: int
     return Net(about, make, inputs, normal(), ContrastiveLoss, rows)
 
 
-def amoebanet(*, count: int, filters: int, side: int, rows: int) -> Net:
+def amoebanet(*, count: int, filters: int, side: int, rows: int, stem: Stem = "small") -> Net:
     """Uneven: cells with two states, ever fewer pixels and more filters."""
     return Net(
-        f"AmoebaNet-D ({count}, {filters}), small stem, {side} x {side} pixels, batch {rows}",
-        partial(amoebanet_d, count, filters, num_classes=10, stem="small"),
+        f"AmoebaNet-D ({count}, {filters}), {stem} stem, {side} x {side} pixels, batch {rows}",
+        partial(amoebanet_d, count, filters, num_classes=10, stem=stem),
         normal(3, side, side),
         classes(10),
         nn.CrossEntropyLoss,
@@ -166,6 +171,13 @@ NETS: dict[str, dict[str, Net]] = {
         "AmoebaNet-D": amoebanet(count=6, filters=16, side=32, rows=32),
         "U-Net": u_net(depth=3, count=2, channels=16, side=64, rows=32),
         "ResNet-50": resnet50(side=48, rows=32),
+    },
+    "accelerator": {
+        "Transformer": transformer(width=1024, count=12, sequence=512, rows=64),
+        "CLIP ViT": clip_vit(width=768, text_width=512, count=12, side=224, context=77, rows=64),
+        "AmoebaNet-D": amoebanet(count=18, filters=128, side=224, rows=64, stem="imagenet"),
+        "U-Net": u_net(depth=4, count=2, channels=64, side=192, rows=64),
+        "ResNet-50": resnet50(side=224, rows=256),
     },
     "tiny": {
         "Transformer": transformer(width=32, count=4, sequence=4, rows=4),

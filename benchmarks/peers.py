@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.contenders import Contender, Running, counted, idle, own_bytes, tensor_bytes, with_threads
 from benchmarks.flat import FlatCell, flat_cells, packed, unpacked
-from benchmarks.models import Net, parts
+from benchmarks.models import Net, moved, parts
 from benchmarks.stage_meters import StageMeters
 from gpipe.partitioning.profile import profile
 from gpipe.partitioning.skips import Key, Skip
@@ -50,10 +50,31 @@ def _quiet() -> Any:
         yield
 
 
-def _flat(net: Net, chunks: int) -> tuple[list[FlatCell], list[Skip], nn.Module]:
-    module, loss = net.made()
+CPU = torch.device("cpu")
+
+
+def _flat(net: Net, chunks: int, device: torch.device = CPU) -> tuple[list[FlatCell], list[Skip], nn.Module]:
+    module, loss = (m.to(device) for m in net.made())
     x, _ = net.batch()
-    return *flat_cells(module, parts(x, chunks)[0]), loss
+    return *flat_cells(module, moved(parts(x, chunks)[0], device)), loss
+
+
+class Checkpointed(nn.Module):
+    """A whole model, each cell in torch.utils.checkpoint."""
+
+    def __init__(self, cells: Sequence[FlatCell], skips: Sequence[Skip]) -> None:
+        super().__init__()
+        self.body = Slice(cells, skips, slice(0, len(cells)), "cells")
+
+    def forward(self, inputs: Any) -> Any:
+        """As the model."""
+        return self.body(*unpacked(inputs))
+
+
+def checkpointed(net: Net, chunks: int, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """The model, each cell in torch.utils.checkpoint, and its loss."""
+    cells, skips, loss = _flat(net, chunks, device)
+    return Checkpointed(cells, skips), loss
 
 
 # --- torch.distributed.pipelining -------------------------------------------------------------------------------------
@@ -146,8 +167,7 @@ def torch_pipelining(rank: int, contender: Contender) -> Running:
     cells, skips, loss = _flat(net, contender.chunks)
     module = Slice(cells, skips, _own(contender, rank), str(contender.recompute))
     arriving = _arriving(cells, skips, contender, rank)
-    device = torch.device("cpu")
-    stage = pipelining.PipelineStage(module, rank, contender.stages, device, arriving, module(*arriving))
+    stage = pipelining.PipelineStage(module, rank, contender.stages, CPU, arriving, module(*arriving))
     runs = getattr(pipelining, contender.schedule)(stage, n_microbatches=contender.chunks, loss_fn=loss)
     x, y = net.batch()
     inputs = unpacked(x) if rank == 0 else ()
@@ -227,11 +247,23 @@ def _skipping(package: Any, cell: FlatCell, names: dict[Key, str]) -> nn.Module:
     return made
 
 
-def _sequential(skip: Any, net: Net, chunks: int) -> tuple[nn.Sequential, nn.Module]:
-    cells, skips, loss = _flat(net, chunks)
+def _sequential(skip: Any, net: Net, chunks: int, device: torch.device = CPU) -> tuple[nn.Sequential, nn.Module]:
+    cells, skips, loss = _flat(net, chunks, device)
     names = {s.key: f"skip{i}" for i, s in enumerate(skips)}
     made = [_skipping(skip, cell, names) if cell.popped or cell.stashed else _Cell(cell) for cell in cells]
     return nn.Sequential(*made), loss
+
+
+def _wrapped(
+    package: str, door: str, net: Net, balance: Sequence[int], chunks: int, checkpoint: Any, devices: Sequence[Any]
+) -> tuple[Any, nn.Module]:
+    """The model in a pipe of theirs, and its loss."""
+    module, loss = _sequential(_imported(f"{package}.skip"), net, chunks, devices[0])
+    with _quiet():
+        pipe = getattr(_imported(package), door)(
+            module, list(balance), devices=devices, chunks=chunks, checkpoint=checkpoint
+        )
+    return pipe, loss
 
 
 def _pipe(package: str, door: str, rank: int, contender: Contender) -> Running:
@@ -239,16 +271,9 @@ def _pipe(package: str, door: str, rank: int, contender: Contender) -> Running:
     if rank:
         return idle()
     net = contender.trains()
-    module, loss = _sequential(_imported(f"{package}.skip"), net, contender.chunks)
+    devices = [CPU] * contender.stages
+    pipe, loss = _wrapped(package, door, net, contender.balance, contender.chunks, contender.recompute, devices)
     x, y = net.batch()
-    with _quiet():
-        pipe = getattr(_imported(package), door)(
-            module,
-            list(contender.balance),
-            devices=["cpu"] * contender.stages,
-            chunks=contender.chunks,
-            checkpoint=contender.recompute,
-        )
     inputs = packed(unpacked(x))
     run = _whole(pipe, inputs, y, contender.chunks, loss)
 
@@ -280,6 +305,16 @@ def _whole(pipe: nn.Module, x: Any, y: Tensor, chunks: int, loss: nn.Module) -> 
     return step
 
 
+def sharing_torchgpipe(
+    net: Net, chunks: int, devices: Sequence[torch.device], checkpoint: str, batch: tuple[Any, Tensor]
+) -> Callable[[], None]:
+    """A step of torchgpipe's GPipe on ``devices``, balanced by its own tool there."""
+    balance, _ = balance_of("torchgpipe", net, chunks, len(devices), devices[0])
+    pipe, loss = _wrapped("torchgpipe", "GPipe", net, balance, chunks, checkpoint, devices)
+    x, y = batch
+    return _whole(pipe, packed(unpacked(x)), y, chunks, loss)
+
+
 def torchgpipe(rank: int, contender: Contender) -> Running:
     """Torchgpipe's GPipe, all of it in rank 0."""
     return _pipe("torchgpipe", "GPipe", rank, contender)
@@ -298,7 +333,9 @@ def uniform(cells: int, stages: int) -> tuple[int, ...]:
     return tuple(cells // stages + (k < cells % stages) for k in range(stages))
 
 
-def balance_of(peer: str, net: Net, chunks: int, stages: int) -> tuple[tuple[int, ...], str]:
+def balance_of(
+    peer: str, net: Net, chunks: int, stages: int, device: torch.device = CPU
+) -> tuple[tuple[int, ...], str]:
     """Cells per stage by the peer's own tool, and what that was.
 
     Its profiler fails where cells stash and pop, for it runs backward twice through what was stashed: there it is
@@ -309,19 +346,20 @@ def balance_of(peer: str, net: Net, chunks: int, stages: int) -> tuple[tuple[int
         net: The model.
         chunks: Number of micro-batches; it is profiled on one.
         stages: Number of stages.
+        device: Where it is profiled.
     """
     if peer == "torch":
         return uniform(len(_flat(net, chunks)[0]), stages), "as many cells each"
     package = PACKAGES[peer]
-    module, _ = _sequential(_imported(f"{package}.skip"), net, chunks)
-    sample = parts(net.batch()[0], chunks)[0]
+    module, _ = _sequential(_imported(f"{package}.skip"), net, chunks, device)
+    sample = moved(parts(net.batch()[0], chunks)[0], device)
     tool = _imported(f"{package}.balance")
     try:
         with _quiet():
-            found = tool.balance_by_time(stages, module, sample, device="cpu")
+            found = tool.balance_by_time(stages, module, sample, device=device)
         return tuple(found), "its balance_by_time"
     except RuntimeError:
-        costs = profile(net.made()[0], net.batch()[0], chunks=chunks)
+        costs = profile(net.made()[0], net.batch()[0], device=device, chunks=chunks)
         times = [int(1e6 * (c.forward_seconds + c.backward_seconds)) for c in costs]
         return tuple(
             map(len, tool.blockpartition.solve(times, stages))

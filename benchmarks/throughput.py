@@ -25,14 +25,14 @@ QUESTION = "How fast do two stages train on two cores, against the ceiling of th
 BASES = (("plain", "gpipe", "never", 1), ("plain", "gpipe", "never", 2), ("ceiling", "gpipe", "never", 1))
 OURS = (
     ("GPipe", "gpipe", "never", 1),
-    ("GPipe", "gpipe_zero_bubble", "never", 1),
+    ("GPipe", "one_f_one_b", "never", 1),
     ("DistributedGPipe", "gpipe", "never", 1),
     ("DistributedGPipe", "one_f_one_b", "never", 1),
 )
 GRID = (
     ("GPipe", "gpipe", "except_last", 1),
     ("GPipe", "gpipe", "always", 1),
-    ("GPipe", "one_f_one_b", "never", 1),
+    ("GPipe", "gpipe_zero_bubble", "never", 1),
     ("GPipe", "zero_bubble_h1", "never", 1),
     ("DistributedGPipe", "gpipe_zero_bubble", "never", 1),
     ("DistributedGPipe", "zero_bubble_h1", "never", 1),

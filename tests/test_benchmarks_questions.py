@@ -13,6 +13,19 @@ TIMED = {
     "overhead": ["--size", "tiny", "--rounds", "1", "--steps", "2"],
     "balance": ["--size", "tiny", "--rounds", "1", "--models", "U-Net"],
     "contrastive": ["--size", "tiny", "--rounds", "1"],
+    "one_device": [
+        "--size",
+        "tiny",
+        "--rounds",
+        "1",
+        "--device",
+        "cpu",
+        "--chunks",
+        "2",
+        "--models",
+        "U-Net",
+        "CLIP ViT",
+    ],
 }
 
 
