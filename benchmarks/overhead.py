@@ -11,6 +11,7 @@ import pstats
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import linear_regression
 from time import perf_counter
 from typing import Any
 
@@ -144,6 +145,22 @@ def compared(sizes: tuple[Size, ...], rounds: int, count: int) -> tuple[list[Res
     return results, samples, figure
 
 
+def fitted(sizes: Sequence[Size], samples: dict[str, Samples]) -> Result:
+    """What an action costs and what a mini-batch does once: a line through the differences of one size, over 2 M."""
+    rows = []
+    for way in steps(sizes[0]):
+        found = [(samples[f"{size}, {way}: K=1"], samples[f"{size}, {way}: plain"]) for size in sizes]
+        line = linear_regression(
+            [2 * size.chunks for size in sizes], [1e6 * (piped.median - plain.median) for piped, plain in found]
+        )
+        rows.append([way, f"{line.slope:.0f}", f"{line.intercept:.0f}"])
+    title = f"What is spent an action, and what once: a line through M = {', '.join(str(s.chunks) for s in sizes)}"
+    note = (
+        f"Least squares through the differences of {sizes[0].cells} x Linear({sizes[0].width}), {sizes[0].rows} rows."
+    )
+    return Result(title, ["loss", "us an action", "us a mini-batch"], rows, note)
+
+
 def _milliseconds(samples: Samples) -> str:
     low, high = samples.spread
     return f"{1e3 * samples.median:.3f} ({1e3 * low:.3f} to {1e3 * high:.3f})"
@@ -236,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = SIZES if given.size == "full" else SIZES[:4]
     results, samples, figure = compared(sizes, given.rounds, given.steps)
     tiny = [breakdown(size, 4 * given.steps) for size in sizes[1:3]]
-    report("overhead", [*results, *tiny], samples, figure=figure)
+    report("overhead", [*results, fitted(sizes[:3], samples), *tiny], samples, figure=figure)
 
 
 if __name__ == "__main__":

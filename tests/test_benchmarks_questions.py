@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import harness
 from benchmarks.__main__ import HERE, questions
+from benchmarks.harness import Samples
 
 TIMED = {
     "overhead": ["--size", "tiny", "--rounds", "1", "--steps", "2"],
@@ -64,6 +65,17 @@ def test_the_profile_of_a_step_names_the_rooms_of_the_runtime():
     rooms = [row[0] for row in breakdown(SIZES[1], 2).rows]
     assert {"worker loop", "receive and send", "autograd door", "scatter and gather", "cells"} <= set(rooms)
     assert len(set(rooms)) == len(rooms)
+
+
+def test_a_line_tells_what_is_spent_an_action_from_what_is_spent_once():
+    from benchmarks.overhead import SIZES, fitted, steps
+
+    samples = {}
+    for size in SIZES[:3]:
+        for way in steps(size):
+            samples[f"{size}, {way}: plain"] = Samples([1.0], [0.0])
+            samples[f"{size}, {way}: K=1"] = Samples([1.0 + 500e-6 + 2 * size.chunks * 50e-6], [0.0])
+    assert [row[1:] for row in fitted(SIZES[:3], samples).rows] == [["50", "500"]] * 2
 
 
 def test_the_simulation_of_scale_finds_slow_links_slow(results):
