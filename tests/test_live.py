@@ -3,6 +3,7 @@
 import gc
 import itertools
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -124,6 +125,12 @@ def mini_batch(net):
     return torch.randn(16, 3, 32, 32), torch.randint(1, 100, (16, 16)), torch.full((16,), 15)
 
 
+@cache
+def profiled(net):
+    torch.manual_seed(0)
+    return profile(net()[0], mini_batch(net), chunks=MICRO_BATCHES, repeats=1)
+
+
 def lasting(costs, balance, seconds):
     """``costs`` of cells, whose stages take so many seconds forward and backward."""
     found = iter(costs)
@@ -167,7 +174,7 @@ def test_predicted_bytes_are_those_measured(net, keep, pace):
     x = mini_batch(net)
     inputs = sum(t.nbytes for t in tree_leaves(x)) // MICRO_BATCHES
     pipe = GPipe(module, balance, devices=["cpu"] * 2, chunks=MICRO_BATCHES, checkpoint=keep)
-    costs = lasting(profile(module, x, chunks=MICRO_BATCHES, repeats=1), balance, SECONDS[pace])
+    costs = lasting(profiled(net), balance, SECONDS[pace])
     predicted = predict(costs, balance, micro_batches=MICRO_BATCHES, keep=keep, input_bytes=inputs)
     waiting = waiting_bytes(predicted, costs, inputs)
     schedule = schedules.with_recompute(schedules.gpipe(stages=2, micro_batches=MICRO_BATCHES), keep)
