@@ -22,7 +22,7 @@ def results(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("script", "model", "options"),
     [
-        ("throughput", "AmoebaNet-D", ["--rounds", "1"]),
+        ("throughput", "U-Net", ["--rounds", "1"]),
         ("memory", "Transformer", []),
         ("equal_memory", "Transformer", ["--rounds", "1", "--share", "1"]),
     ],
