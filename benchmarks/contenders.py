@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -109,17 +110,24 @@ def counted(
     return peaks
 
 
-def recorded(pipe: Any, step: Callable[[], None], stages: Sequence[int]) -> Callable[[], dict[int, int]]:
-    """``Running.peaks`` of our pipes."""
+def recorded(pipe: Any, step: Callable[[], None], buffers: Mapping[int, int]) -> Callable[[], dict[int, int]]:
+    """``Running.peaks`` of our pipes; ``buffers`` are the bytes of each stage's, which a record leaves out."""
 
     def peaks() -> dict[int, int]:
         step()
         with gpipe.record(pipe, memory=True) as timeline:
             step()
-        buffers = sum(b.nbytes for b in pipe.buffers()) if len(stages) == 1 else 0
-        return {stage: timeline.peak_bytes[stage] + buffers for stage in stages}
+        return {stage: timeline.peak_bytes[stage] + size for stage, size in buffers.items()}
 
     return peaks
+
+
+def buffer_bytes(module: nn.Module, balance: Sequence[int]) -> dict[int, int]:
+    """Bytes of the buffers of every stage."""
+    cells = iter(cells_of(module))
+    return {
+        k: sum(b.nbytes for _, cell in islice(cells, size) for b in cell.buffers()) for k, size in enumerate(balance)
+    }
 
 
 def with_threads(count: int, step: Callable[[], None]) -> Callable[[], None]:
@@ -203,7 +211,9 @@ def on_threads(rank: int, contender: Contender) -> Running:
         loss.zero_grad()
         pipe.train_step(x, y, loss, loss_over="micro_batch", schedule=contender.schedule)
 
-    return Running(step, [*pipe.parameters(), *loss.parameters()], recorded(pipe, step, range(contender.stages)))
+    return Running(
+        step, [*pipe.parameters(), *loss.parameters()], recorded(pipe, step, buffer_bytes(module, contender.balance))
+    )
 
 
 def _checkpoint(contender: Contender) -> Any:
@@ -231,4 +241,4 @@ def on_ranks(rank: int, contender: Contender) -> Running:
         pipe.zero_grad()
         pipe.train_step(x, y)
 
-    return Running(step, list(pipe.parameters()), recorded(pipe, step, [rank]))
+    return Running(step, list(pipe.parameters()), recorded(pipe, step, {rank: sum(b.nbytes for b in pipe.buffers())}))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from benchmarks import contenders, peers
 from benchmarks.contenders import Contender, Door
+from benchmarks.match import OUR_CUT
 
 DOORS: dict[str, Door] = {
     "plain": contenders.plain,
@@ -13,6 +14,7 @@ DOORS: dict[str, Door] = {
     "GPipe": contenders.on_threads,
     "DistributedGPipe": contenders.on_ranks,
     "torch": peers.torch_pipelining,
+    OUR_CUT: peers.torch_pipelining,
     "torchgpipe": peers.torchgpipe,
     "fairscale": peers.fairscale,
 }

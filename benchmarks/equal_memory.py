@@ -11,15 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+import torch
+
 from benchmarks import harness
 from benchmarks.bars import bars
 from benchmarks.contenders import STAGES, Contender, tensor_bytes
 from benchmarks.doors import peaks_of, timed_step
-from benchmarks.harness import Result, Samples, interleave, ratio, report
-from benchmarks.match import PEERS, Balances, Match, missing_note, ours, parser, sources_note
+from benchmarks.harness import Result, Samples, contest, interleave, report
+from benchmarks.match import OUR_CUT, PEERS, Balances, Match, missing_note, ours, parser, sources_note
 from benchmarks.memory import MEGA, peaks
 from benchmarks.models import NETS, Net
-from benchmarks.throughput import label
+from benchmarks.throughput import MINE, fastest, label
 from gpipe.partitioning.cells import cells_of
 from gpipe.partitioning.cost import CellCost
 from gpipe.partitioning.profile import profile
@@ -35,6 +37,12 @@ THEIRS = (
     ("torch", "Schedule1F1B", "never", 1),
     ("torch", "Schedule1F1B", "cells", 1),
     ("torch", "Schedule1F1B", "stage", 1),
+    (OUR_CUT, "ScheduleGPipe", "never", 1),
+    (OUR_CUT, "ScheduleGPipe", "cells", 1),
+    (OUR_CUT, "ScheduleGPipe", "stage", 1),
+    (OUR_CUT, "Schedule1F1B", "never", 1),
+    (OUR_CUT, "Schedule1F1B", "cells", 1),
+    (OUR_CUT, "Schedule1F1B", "stage", 1),
     ("torchgpipe", "gpipe", "never", 2),
     ("torchgpipe", "gpipe", "except_last", 2),
     ("fairscale", "gpipe", "never", 2),
@@ -60,10 +68,23 @@ class Measured:
     samples: dict[Contender, Samples]
     failed: dict[Contender, str]
 
-    def best(self, doors: Sequence[str]) -> tuple[Contender, Samples] | None:
-        """The fastest of these doors that fits, and its samples."""
-        found = [(c, s) for c, s in self.samples.items() if c.door in doors]
-        return min(found, key=lambda pair: pair[1].median, default=None)
+    def of(self, doors: Sequence[str]) -> dict[Contender, Samples]:
+        """The samples of these doors, of what fits."""
+        return {c: s for c, s in self.samples.items() if c.door in doors}
+
+    def against(self, doors: Sequence[str]) -> list[str]:
+        """The fastest of these doors, and ours over it."""
+        mine, found = self.of(MINE), self.of(doors)
+        gain = f"{contest(list(mine.values()), list(found.values())):.3f}" if mine and found else ""
+        return [said(found), gain]
+
+
+def said(found: dict[Contender, Samples]) -> str:
+    """The fastest contender and its samples a second."""
+    if not found:
+        return "none fits"
+    best, samples = fastest(found)
+    return f"{label(best)}, M={best.chunks}: {best.trains().rows / samples.median:.1f}"
 
 
 def costs_of(net: Net, chunks: int) -> tuple[list[CellCost], int]:
@@ -123,7 +144,7 @@ def measured(name: str, chunks: Sequence[int], size: str, share: float, rounds: 
         asked += [
             Contender(door, name, m, size, balances.of(door), schedule, recompute, threads)
             for door, schedule, recompute, threads in THEIRS
-            if door not in balances.missing
+            if balances.has(door)
         ]
     counting = Match(peaks_of)
     try:
@@ -152,7 +173,7 @@ def table(about: Measured, size: str) -> Result:
         if samples is None:
             rows.append([*row, about.failed.get(contender, "does not fit"), ""])
             continue
-        spread = f"{rows_of_batch / max(samples.clean):.1f} to {rows_of_batch / min(samples.clean):.1f}"
+        spread = f"{rows_of_batch / max(samples.seconds):.1f} to {rows_of_batch / min(samples.seconds):.1f}"
         rows.append([*row, f"{rows_of_batch / samples.median:.1f}", spread])
     rows += [
         [f"{label(c)}, M={c.chunks}", "+".join(map(str, c.balance)), "failed", why, ""]
@@ -163,18 +184,14 @@ def table(about: Measured, size: str) -> Result:
     return Result(f"{about.net}, {about.cap / MEGA:.2f} MiB a stage: {NETS[size][about.net].about}", columns, rows)
 
 
-def summary(all_of_them: Sequence[Measured], size: str, note: str) -> Result:
+def summary(all_of_them: Sequence[Measured], note: str) -> Result:
     """The best of each under every cap."""
     rows = []
     for about in all_of_them:
-        count = NETS[size][about.net].rows
-        mine, theirs = about.best(("GPipe", "DistributedGPipe")), about.best(PEERS)
-        said = [
-            f"{label(b[0])}, M={b[0].chunks}: {count / b[1].median:.1f}" if b else "none fits" for b in (mine, theirs)
-        ]
-        gain = f"{ratio(theirs[1], mine[1]):.3f}" if mine and theirs else ""
-        rows.append([about.net, f"{about.cap / MEGA:.2f}", *said, gain])
+        row = [about.net, f"{about.cap / MEGA:.2f}", said(about.of(MINE))]
+        rows.append([*row, *about.against(PEERS), *about.against((OUR_CUT,))])
     columns = ["model", "MiB a stage", "our best: samples/s", "best peer: samples/s", "ours / peer's"]
+    columns += ["torch, our cut: samples/s", "ours / its"]
     return Result(f"The same bytes for everybody, K={STAGES}, {STAGES} cores", columns, rows, note)
 
 
@@ -188,8 +205,8 @@ def notes(balances: Sequence[Balances], shares: Sequence[float]) -> str:
             "contenders that take more are not timed. Ours is planned for the cap beforehand (memory_limit; for 1F1B "
             "the solver), the others have the settings they have: torch.utils.checkpoint around each cell or each "
             "stage, or their own modes. Medians of runs in turns in the same two processes; the optimizer's step is "
-            "not in them; the ratio is the median of those within a round. What wins depends on "
-            "the cap. CPUs only, where torchgpipe and fairscale's Pipe "
+            "not in them; ratios are medians of those within a round, the best of both chosen by the other rounds. "
+            "What wins depends on the cap. CPUs only, where torchgpipe and fairscale's Pipe "
             "cannot overlap stages and get both cores as intra-op threads.",
             sources_note(balances),
             missing_note(balances[0].missing),
@@ -199,12 +216,12 @@ def notes(balances: Sequence[Balances], shares: Sequence[float]) -> str:
 
 def figure(all_of_them: Sequence[Measured], size: str) -> None:
     """The best of each door, over the best peer."""
-    doors = ("GPipe", "DistributedGPipe", *PEERS)
+    doors = (*MINE, OUR_CUT, *PEERS)
     series: dict[str, list[float | None]] = {door: [] for door in doors}
     for about in all_of_them:
         for door in doors:
-            best = about.best((door,))
-            series[door].append(NETS[size][about.net].rows / best[1].median if best else None)
+            found = about.of((door,))
+            series[door].append(NETS[size][about.net].rows / fastest(found)[1].median if found else None)
     groups = [f"{about.net}\n{about.cap / MEGA:.1f} MiB" for about in all_of_them]
     bars(harness.RESULTS / "equal_memory.svg", "Best that fits the same cap per stage", "samples/s", groups, series)
 
@@ -218,12 +235,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = options.parse_args(argv)
     if not all(0 <= share <= 1 for share in given.share):
         options.error(f"--share must be from 0 (nothing kept) to 1 (all kept), got {given.share}")
+    torch.set_num_threads(1)
     found, balances = [], []
     for net, share in product(given.models, given.share):
         about, own = measured(net, given.chunks, given.size, share, given.rounds)
         found.append(about)
         balances.append(own)
-    results = [summary(found, given.size, notes(balances, given.share)), *(table(a, given.size) for a in found)]
+    results = [summary(found, notes(balances, given.share)), *(table(a, given.size) for a in found)]
     samples = {
         f"{a.net}, {a.cap / MEGA:.2f} MiB: {label(c)}, M={c.chunks}": s for a in found for c, s in a.samples.items()
     }

@@ -62,18 +62,35 @@ def ratio(a: Samples, b: Samples) -> float:
     return statistics.median(quiet or [x / y for x, y, _ in rounds])
 
 
-def interleave(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Samples]:
+def contest(ours: Sequence[Samples], theirs: Sequence[Samples]) -> float:
+    """Seconds of their best over those of our best, the median over the rounds.
+
+    Which is the best is told by the other rounds: luck in a round does not choose what that round is quoted of.
+    """
+    rounds = range(len(ours[0].seconds))
+    pairs = [(_best_but_for(r, theirs), _best_but_for(r, ours)) for r in rounds]
+    kept = [(a.seconds[r] / b.seconds[r], max(a.foreign[r], b.foreign[r])) for r, (a, b) in enumerate(pairs)]
+    return statistics.median([share for share, foreign in kept if foreign < DISTURBED] or [share for share, _ in kept])
+
+
+def _best_but_for(r: int, contenders: Sequence[Samples]) -> Samples:
+    return min(contenders, key=lambda s: statistics.median(s.seconds[:r] + s.seconds[r + 1 :] or s.seconds))
+
+
+def interleave(contenders: Mapping[str, Callable[[], float]], rounds: int, *, quiet: bool = True) -> dict[str, Samples]:
     """Run every contender once a round, in alternating order, after a round of warm-up.
 
     Args:
         contenders: Per name a function that runs once and gives its seconds.
         rounds: Counted rounds.
+        quiet: Wait before each round until other processes leave the processors alone.
     """
     samples = {name: Samples() for name in contenders}
     names = list(contenders)
     for r in range(rounds + 1):
-        for name in names if r % 2 else reversed(names):
+        if quiet:
             _wait_for_quiet()
+        for name in names if r % 2 else reversed(names):
             before, start = _busy(), time.perf_counter()
             own = _own()
             seconds = contenders[name]()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import gpipe
-from benchmarks.contenders import accumulate, counted, recorded, tensor_bytes
+from benchmarks.contenders import accumulate, buffer_bytes, counted, recorded, tensor_bytes
 from benchmarks.harness import Result
 from benchmarks.models import Net, amoebanet, transformer
 from gpipe.partitioning.cells import cells_of
@@ -139,7 +139,7 @@ def measured(net: Net, plan: Partition, naive: bool) -> tuple[int, int]:
             pipe.zero_grad()
             pipe.train_step(x, y, loss, loss_over="micro_batch")
 
-        peaks = recorded(pipe, step, range(stages))()
+        peaks = recorded(pipe, step, buffer_bytes(module, plan.balance))()
     ends = [sum(plan.balance[:k]) for k in range(len(plan.balance) + 1)]
     state = [2 * _bytes(cells[a:b]) for a, b in pairwise(ends)]
     return count, max(peaks[k] + size for k, size in enumerate(state))

@@ -14,6 +14,8 @@ from benchmarks.models import NETS, Net
 from gpipe.partitioning.cells import cells_of
 
 PEERS = ("torch", "torchgpipe", "fairscale")
+OUR_CUT = "torch, our cut"
+"""Torch's pipelining, which has no tool for balance, handed the cells per stage that ours chose."""
 
 
 class Match:
@@ -89,6 +91,12 @@ class Balances:
         for peer in PEERS:
             if peer not in self.missing:
                 self._found[peer], self.sources[peer] = peers.balance_of(peer, net, chunks, stages)
+        if self._found.get("torch", mine) != mine:
+            self._found[OUR_CUT] = mine
+
+    def has(self, door: str) -> bool:
+        """Whether ``door`` is there, and stands for something of its own."""
+        return door in self._found
 
     def of(self, door: str) -> tuple[int, ...]:
         """Those of ``door``, which is there."""
@@ -98,7 +106,8 @@ class Balances:
 def sources_note(found: Sequence[Balances]) -> str:
     """Where the balances come from, in words."""
     said = {(peer, source) for balances in found for peer, source in balances.sources.items()}
-    return "Balance: ours by profile; " + "; ".join(f"{peer} {source}" for peer, source in sorted(said)) + "."
+    own = "; ".join(f"{peer} {source}" for peer, source in sorted(said))
+    return f"Balance: ours by profile; {own}; torch, which takes any, also ours, where that is another."
 
 
 def missing_note(missing: dict[str, str]) -> str:

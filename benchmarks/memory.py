@@ -16,7 +16,7 @@ from benchmarks.contenders import STAGES, Contender
 from benchmarks.doors import peaks_of
 from benchmarks.harness import Result, report
 from benchmarks.largest import largest_models
-from benchmarks.match import Balances, Match, missing_note, parser, sources_note
+from benchmarks.match import OUR_CUT, Balances, Match, missing_note, parser, sources_note
 from benchmarks.models import NETS
 from benchmarks.throughput import label
 
@@ -37,6 +37,9 @@ SETTINGS = (
     ("torch", "ScheduleGPipe", "stage"),
     ("torch", "Schedule1F1B", "never"),
     ("torch", "Schedule1F1B", "cells"),
+    (OUR_CUT, "ScheduleGPipe", "never"),
+    (OUR_CUT, "Schedule1F1B", "never"),
+    (OUR_CUT, "Schedule1F1B", "cells"),
     ("torchgpipe", "gpipe", "never"),
     ("torchgpipe", "gpipe", "except_last"),
     ("fairscale", "gpipe", "never"),
@@ -51,7 +54,7 @@ def contenders(net: str, chunks: int, size: str, balances: Balances) -> list[Con
     return [naive] + [
         Contender(door, net, chunks, size, balances.of(door), schedule, recompute)
         for door, schedule, recompute in SETTINGS
-        if door not in balances.missing
+        if balances.has(door)
     ]
 
 

@@ -108,6 +108,24 @@ def test_a_ratio_is_that_of_rounds_and_leaves_disturbed_ones_out():
     assert harness.ratio(slowing, Samples([1.0, 1.0, 1.0], [1.0] * 3)) == 2.0
 
 
+def test_the_best_of_a_round_is_chosen_by_the_others():
+    steady, lucky = Samples([2.0] * 3, [0.0] * 3), Samples([1.0, 3.0, 3.0], [0.0] * 3)
+    assert harness.contest([steady], [lucky]) == 1.5
+    once = Samples([1.0, 1.9, 2.2], [0.0] * 3)  # the best by its median, but not without its lucky round
+    assert harness.contest([steady], [steady, once]) == 1.0
+    assert harness.contest([steady, lucky], [Samples([4.0, 4.0, 4.0], [0.0, 0.0, 1.0])]) == 2.0
+    assert harness.contest([Samples([2.0], [0.0])], [Samples([1.0], [1.0])]) == 0.5
+
+
+def test_torch_gets_our_cut_where_it_is_another(monkeypatch):
+    net = TINY["Transformer"]
+    own = match.ours(net, 2, 2).balance
+    monkeypatch.setattr(peers, "balance_of", lambda *_: (tuple(own), "somehow"))
+    assert not match.Balances(net, 2, 2).has(match.OUR_CUT)
+    monkeypatch.setattr(peers, "balance_of", lambda *_: ((9, 9), "somehow"))
+    assert match.Balances(net, 2, 2).of(match.OUR_CUT) == match.Balances(net, 2, 2).of("GPipe")
+
+
 def test_a_peer_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(peers.PACKAGES, "torchgpipe", "no_such_package")
     assert "No module named 'no_such_package'" in match.missing_note(peers.missing())
