@@ -8,11 +8,10 @@ Torchgpipe runs where it is installed. ``--device cpu --size tiny`` shows that i
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from time import perf_counter
+from functools import cached_property, partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -22,7 +21,8 @@ import gpipe
 from benchmarks import harness
 from benchmarks.bars import bars
 from benchmarks.contenders import accumulate
-from benchmarks.harness import Result, Samples, interleave, ratio, report
+from benchmarks.flat import FlatCell
+from benchmarks.harness import Result, Samples, interleave, ratio, report, steady
 from benchmarks.match import missing_note, parser
 from benchmarks.memory import MEGA
 from benchmarks.models import NETS, Net, moved
@@ -48,9 +48,14 @@ class Setting:
         inputs, targets = self.net.batch()
         return moved(inputs, self.device), moved(targets, self.device)
 
-    def autocasting(self) -> AbstractContextManager[Any]:
-        """Autocast, in bfloat16."""
+    def autocast(self) -> torch.autocast:
+        """Autocast where the precision is bfloat16: a context, and a decorator."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def autocasting(self, modules: Iterable[nn.Module]) -> None:
+        """Let these modules autocast in forward, in whatever thread that runs."""
+        for module in modules:
+            module.forward = self.autocast()(module.forward)
 
     def made(self) -> tuple[nn.Module, nn.Module]:
         """Model and loss on the device."""
@@ -61,12 +66,12 @@ class Setting:
 def plain(setting: Setting, recompute: bool) -> Step:
     """The loop over the micro-batches, each cell in torch.utils.checkpoint or none."""
     module, loss = checkpointed(setting.net, setting.chunks, setting.device) if recompute else setting.made()
+    setting.autocasting([module, loss])
     run = accumulate(module, *setting.batch, setting.chunks, loss)
 
     def step() -> None:
         loss.zero_grad()
-        with setting.autocasting():
-            run()
+        run()
 
     return step
 
@@ -81,7 +86,7 @@ def piped(setting: Setting, stages: int, schedule: str, checkpoint: str) -> Step
     def step() -> None:
         pipe.zero_grad()
         loss.zero_grad()
-        with setting.autocasting():
+        with setting.autocast():
             pipe.train_step(x, y, loss, loss_over="micro_batch", schedule=schedule)
 
     return step
@@ -89,23 +94,21 @@ def piped(setting: Setting, stages: int, schedule: str, checkpoint: str) -> Step
 
 def torchgpipe(setting: Setting, stages: int, checkpoint: str) -> Step:
     """Torchgpipe's GPipe, all of its stages on the device."""
-    run = sharing_torchgpipe(setting.net, setting.chunks, [setting.device] * stages, checkpoint, setting.batch)
-
-    def step() -> None:
-        with setting.autocasting():
-            run()
-
+    devices = [setting.device] * stages
+    pipe, loss, step = sharing_torchgpipe(setting.net, setting.chunks, devices, checkpoint, setting.batch)
+    setting.autocasting([loss, *(m for m in pipe.modules() if isinstance(m, FlatCell))])  # its threads know no context
     return step
 
 
-PLAIN, CHECKPOINTED = "plain loop", "plain loop, checkpoint a cell"
+PLAIN, TWO = "plain loop", "GPipe K=2"
 WAYS: dict[str, Callable[[Setting], Step]] = {
     PLAIN: lambda s: plain(s, recompute=False),
     "GPipe K=1": lambda s: piped(s, 1, "gpipe", "never"),
-    "GPipe K=2": lambda s: piped(s, 2, "gpipe", "never"),
+    "GPipe K=1, one_f_one_b": lambda s: piped(s, 1, "one_f_one_b", "never"),
+    TWO: lambda s: piped(s, 2, "gpipe", "never"),
     "GPipe K=2, one_f_one_b": lambda s: piped(s, 2, "one_f_one_b", "never"),
     "torchgpipe K=2": lambda s: torchgpipe(s, 2, "never"),
-    CHECKPOINTED: lambda s: plain(s, recompute=True),
+    "plain loop, checkpoint a cell": lambda s: plain(s, recompute=True),
     "GPipe K=1, always": lambda s: piped(s, 1, "gpipe", "always"),
     "GPipe K=2, except_last": lambda s: piped(s, 2, "gpipe", "except_last"),
     "torchgpipe K=2, except_last": lambda s: torchgpipe(s, 2, "except_last"),
@@ -113,10 +116,11 @@ WAYS: dict[str, Callable[[Setting], Step]] = {
 
 
 def timed(step: Step, device: torch.device) -> Callable[[], float]:
-    """``step`` as a contender: seconds between two events on the device; on the CPU by the clock."""
+    """``step`` as a contender: the second of two, seconds between events on the device; on the CPU by the clock."""
 
     def by_events() -> float:
         begin, end = (torch.Event(device, enable_timing=True) for _ in range(2))
+        step()  # whoever ran before left the allocator's blocks in other sizes
         torch.accelerator.synchronize(device)
         begin.record()
         step()
@@ -124,12 +128,7 @@ def timed(step: Step, device: torch.device) -> Callable[[], float]:
         torch.accelerator.synchronize(device)
         return begin.elapsed_time(end) / 1e3
 
-    def by_clock() -> float:
-        begin = perf_counter()
-        step()
-        return perf_counter() - begin
-
-    return by_clock if device.type == "cpu" else by_events
+    return steady(step) if device.type == "cpu" else by_events
 
 
 def peak_bytes(make: Callable[[Setting], Step], setting: Setting) -> int | None:
@@ -170,18 +169,30 @@ class Measured:
     peaks: dict[str, int | None]
     failed: dict[str, str]
 
+    def over_plain(self, way: str) -> float | None:
+        """Seconds over the plain loop's, where both ran."""
+        ran = way in self.samples and PLAIN in self.samples
+        return ratio(self.samples[way], self.samples[PLAIN]) if ran else None
+
 
 def measured(title: str, setting: Setting, ways: Sequence[str], rounds: int) -> Measured:
     """Count the bytes of each contender alone, then time all in turns."""
-    peaks: dict[str, int | None] = {}
     failed: dict[str, str] = {}
-    for way in ways:
+
+    def tried(way: str, run: Callable[[], Any]) -> Any:
         try:
-            peaks[way] = peak_bytes(WAYS[way], setting)
-        except (RuntimeError, TypeError, ValueError) as error:  # out of memory, or an old package on a new torch
-            failed[way] = str(error).strip().splitlines()[0]
-    steps = {way: timed(WAYS[way](setting), setting.device) for way in peaks}
-    samples = interleave(steps, rounds)
+            return run()
+        except Exception as error:  # out of memory, or whatever an old package does on a new torch
+            failed[way] = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+    for way in (PLAIN, TWO):  # the libraries' own memory, which is taken once, is nobody's
+        tried(way, partial(peak_bytes, WAYS[way], setting))
+    peaks = {way: tried(way, partial(peak_bytes, WAYS[way], setting)) for way in ways}
+    steps = {way: tried(way, partial(WAYS[way], setting)) for way in ways if way not in failed}
+    for way in [way for way in steps if way not in failed]:  # all models are there at once now
+        tried(way, steps[way])
+    able = {way: timed(step, setting.device) for way, step in steps.items() if way not in failed}
+    samples = interleave(able, rounds, quiet=setting.device.type == "cpu")
     return Measured(title, setting.net.about, setting.net.rows, samples, peaks, failed)
 
 
@@ -190,13 +201,13 @@ def table(about: Measured) -> Result:
     rows = []
     for way, samples in about.samples.items():
         low, high = samples.spread
-        peak = about.peaks[way]
+        peak, over = about.peaks[way], about.over_plain(way)
         rows.append(
             [
                 way,
                 f"{about.rows / samples.median:.1f}",
                 f"{1e3 * samples.median:.2f} ({1e3 * low:.2f} to {1e3 * high:.2f})",
-                f"{ratio(samples, about.samples[PLAIN]):.3f}",
+                "" if over is None else f"{over:.3f}",
                 "" if peak is None else f"{peak / MEGA:.0f}",
             ]
         )
@@ -209,10 +220,12 @@ def note(given: dict[str, str]) -> str:
     """How to read the tables, and what they do not show."""
     return (
         "A step is forward, loss on every micro-batch and backward of the same micro-batches for all; seconds between "
-        "two events on the device, medians of runs in turns in one process; ratios are medians of those within a "
-        "round. Peak: what the allocator gave in a contender's second step, alone on the device, data left out. Stages "
-        "that share a device cannot compute more than it can: it shows what a pipeline costs, not what it gains. "
-        + missing_note(given)
+        "two events on the device, of the second of two steps, medians of runs in turns in one process; ratios are "
+        "medians of those within a round. bfloat16 is autocast in forward and loss, weights cast for each micro-batch; "
+        "float32 convolutions may use TF32, as is torch's default. Peak: what the allocator gave in a contender's "
+        "second step, alone on the device, data left out; the plain loop and K=1 under 1F1B hold one micro-batch's "
+        "graph, GPipe's schedule all M. Stages that share a device cannot compute more than it can: it shows what a "
+        "pipeline costs, not what it gains. " + missing_note(given)
     ).strip()
 
 
@@ -221,28 +234,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser(QUESTION, rounds=5, size="accelerator")
     options.add_argument("--precision", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
     options.add_argument("--device", type=torch.device, help="default: the accelerator")
+    options.add_argument("--name", default="one_device", help="of the files of results")
     given = options.parse_args(argv)
-    device = given.device or torch.accelerator.current_accelerator()
+    device = given.device or torch.accelerator.current_accelerator(check_available=True)
     if device is None:
         options.error("this machine has no accelerator: --device cpu --size tiny shows that the benchmark works")
     absent = {peer: why for peer, why in missing().items() if peer == "torchgpipe"}
     ways = [way for way in WAYS if not (absent and way.startswith("torchgpipe"))]
-    found = []
-    for net in given.models:
-        for precision in given.precision:
-            for chunks in given.chunks:
-                setting = Setting(NETS[given.size][net], chunks, device, PRECISIONS[precision])
-                found.append(measured(f"{net}, {precision}, M={chunks}", setting, ways, given.rounds))
-    results = [table(about) for about in found]
-    results[0] = Result(results[0].title, results[0].columns, results[0].rows, note(absent))
-    report("one_device", results, {f"{a.title}: {way}": s for a in found for way, s in a.samples.items()})
-    over = {way: [_over(about, way) for about in found] for way in ways if way != PLAIN}
+    if device.type != "cpu" and device.index is not None:
+        torch.accelerator.set_device_index(device)
+    found: list[Measured] = []
+    try:
+        for net, precision, chunks in product(given.models, given.precision, given.chunks):
+            setting = Setting(NETS[given.size][net], chunks, device, PRECISIONS[precision])
+            found.append(measured(f"{net}, {precision}, M={chunks}", setting, ways, given.rounds))
+    finally:
+        if found:
+            publish(given.name, found, note(absent))
+
+
+def publish(name: str, found: Sequence[Measured], said: str) -> None:
+    """Report and draw what has been measured."""
+    first, *others = (table(about) for about in found)
+    results = [Result(first.title, first.columns, first.rows, said), *others]
+    report(name, results, {f"{a.title}: {way}": s for a in found for way, s in a.samples.items()})
+    ways = dict.fromkeys(way for about in found for way in about.samples if way != PLAIN)
+    over = {way: [about.over_plain(way) for about in found] for way in ways}
     groups = [about.title.replace(", ", "\n") for about in found]
-    bars(harness.RESULTS / "one_device.svg", "Seconds over the plain loop's", "ratio", groups, over, line=1.0)
-
-
-def _over(about: Measured, way: str) -> float | None:
-    return ratio(about.samples[way], about.samples[PLAIN]) if way in about.samples else None
+    bars(harness.RESULTS / f"{name}.svg", "Seconds over the plain loop's", "ratio", groups, over, line=1.0)
 
 
 if __name__ == "__main__":

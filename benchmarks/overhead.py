@@ -1,6 +1,6 @@
 """K = 1 beside plain PyTorch: what wrapping costs for tiny cells, where it goes, and when it no longer matters.
 
-Run: python -m benchmarks.overhead [--rounds 7] [--steps 50]
+Run: python -m benchmarks.overhead [--rounds 21] [--steps 50]
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ def _room(path: str) -> str | None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the arguments, measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--steps", type=int, default=50, help="steps a sample, of the tiny sizes")
     parser.add_argument("--size", choices=["full", "tiny"], default="full", help="tiny leaves the large cells out")
     given = parser.parse_args(argv)

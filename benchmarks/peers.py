@@ -307,12 +307,12 @@ def _whole(pipe: nn.Module, x: Any, y: Tensor, chunks: int, loss: nn.Module) -> 
 
 def sharing_torchgpipe(
     net: Net, chunks: int, devices: Sequence[torch.device], checkpoint: str, batch: tuple[Any, Tensor]
-) -> Callable[[], None]:
-    """A step of torchgpipe's GPipe on ``devices``, balanced by its own tool there."""
+) -> tuple[nn.Module, nn.Module, Callable[[], None]]:
+    """Torchgpipe's GPipe on ``devices``, balanced by its own tool there; its loss, and a step."""
     balance, _ = balance_of("torchgpipe", net, chunks, len(devices), devices[0])
     pipe, loss = _wrapped("torchgpipe", "GPipe", net, balance, chunks, checkpoint, devices)
     x, y = batch
-    return _whole(pipe, packed(unpacked(x)), y, chunks, loss)
+    return pipe, loss, _whole(pipe, packed(unpacked(x)), y, chunks, loss)
 
 
 def torchgpipe(rank: int, contender: Contender) -> Running:
@@ -358,6 +358,8 @@ def balance_of(
         with _quiet():
             found = tool.balance_by_time(stages, module, sample, device=device)
         return tuple(found), "its balance_by_time"
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         costs = profile(net.made()[0], net.batch()[0], device=device, chunks=chunks)
         times = [int(1e6 * (c.forward_seconds + c.backward_seconds)) for c in costs]

@@ -116,3 +116,36 @@ def test_every_script_says_which_question_it_answers_and_how_it_is_run():
     assert sorted(found) == sorted(scripts)
     assert all(question.endswith("?") for question, _ in found.values())
     assert all(command.startswith("python -m benchmarks.") for _, command in found.values())
+
+
+def test_all_ways_on_one_device_compute_in_the_precision_asked_for(monkeypatch):
+    import torch
+
+    from benchmarks.models import NETS
+    from benchmarks.one_device import WAYS, Setting
+
+    seen = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *a: seen.append((y := linear(*a)).dtype) or y)
+    for dtype in (torch.float32, torch.bfloat16):
+        setting = Setting(NETS["tiny"]["ResNet-50"], 2, torch.device("cpu"), dtype)
+        for way, make in WAYS.items():
+            if not way.startswith("torchgpipe"):
+                step = make(setting)
+                seen.clear()
+                step()
+                assert set(seen) == {dtype}, way
+
+
+def test_a_way_that_fails_on_one_device_is_named(results, monkeypatch):
+    from benchmarks import one_device
+
+    def fail(setting):
+        raise AttributeError("no such thing\nin this torch")
+
+    monkeypatch.setitem(one_device.WAYS, "GPipe K=1", fail)
+    one_device.main([*TIMED["one_device"][:-1], "--precision", "float32", "--name", "other"])
+    (table,) = json.loads((results / "other.json").read_text())["results"]
+    rows = {row[0]: row for row in table["rows"]}
+    assert rows["GPipe K=1"][1:3] == ["failed", "AttributeError: no such thing"]
+    assert float(rows["GPipe K=2"][3]) > 0
