@@ -22,7 +22,7 @@ from torch import nn
 
 import gpipe
 from benchmarks.contenders import STAGES, accumulate
-from benchmarks.harness import Result, interleave, own_process, report
+from benchmarks.harness import Result, interleave, own_process, ratio, report
 from benchmarks.models import BATCH, FEED_FORWARD, LAYERS, SEQUENCE, WIDTH, data, layers
 from benchmarks.namespaces import Host
 
@@ -197,17 +197,18 @@ def compare(against_torch: bool, rounds: int, chunks: Sequence[int]) -> None:
     loop = samples[f"{LOOP}, M={chunks[0]}"].median
     rows = []
     for m in chunks:
-        median = {name: samples[f"{name}, M={m}"].median for name in [*pipes, CEILING]}
-        bound = median[CEILING] * (m + STAGES - 1) / m
+        of = {name: samples[f"{name}, M={m}"] for name in [*pipes, CEILING]}
+        bubble = (m + STAGES - 1) / m
         for ours, theirs in zip(OURS, TORCHS, strict=True):
-            row = [str(m), ours, f"{median[ours]:.3f}", f"{bound / median[ours]:.3f}", f"{loop / median[ours]:.2f}"]
+            row = [str(m), ours, f"{of[ours].median:.3f}", f"{bubble * ratio(of[CEILING], of[ours]):.3f}"]
+            row.append(f"{loop / of[ours].median:.2f}")
             if against_torch:
                 row += [
-                    f"{median[theirs]:.3f}",
-                    f"{bound / median[theirs]:.3f}",
-                    f"{median[ours] / median[theirs]:.3f}",
+                    f"{of[theirs].median:.3f}",
+                    f"{bubble * ratio(of[CEILING], of[theirs]):.3f}",
+                    f"{ratio(of[ours], of[theirs]):.3f}",
                 ]
-            rows.append([*row, f"{median[CEILING]:.3f}"])
+            rows.append([*row, f"{of[CEILING].median:.3f}"])
     columns = ["M", "pipeline", "s", "bound / s", "speed-up"]
     columns += ["torch's s", "bound / torch's s", "s / torch's s"] if against_torch else []
     title = (
@@ -217,6 +218,7 @@ def compare(against_torch: bool, rounds: int, chunks: Sequence[int]) -> None:
     note = (
         f"Bound: the ceiling (both ranks busy with their own stage, no messages) x (M+{STAGES - 1})/M. Speed-up: over "
         f"the plain loop on one rank, {loop:.3f} s with M={chunks[0]}. Torch's pipeline in each row has the same "
-        "schedule. All contenders ran in turns in the same two processes."
+        "schedule. All contenders ran in turns in the same two processes; bound / s and s / torch's s are medians of "
+        "the ratios within a round."
     )
     report("distributed", [Result(title, [*columns, "ceiling s"], rows, note)], samples)

@@ -74,6 +74,8 @@ class Measured:
 
     def against(self, doors: Sequence[str]) -> list[str]:
         """The fastest of these doors, and ours over it."""
+        if not any(contender.door in doors for contender in self.held):
+            return ["", ""]
         mine, found = self.of(MINE), self.of(doors)
         gain = f"{contest(list(mine.values()), list(found.values())):.3f}" if mine and found else ""
         return [said(found), gain]
