@@ -34,7 +34,7 @@ def bars(
         axes.bar(left, [h or 0.0 for h in heights], width, label=name)
     if line is not None:
         axes.axhline(line, color="black", linewidth=0.8, linestyle="--")
-    axes.set_xticks(range(len(groups)), groups)
+    axes.set_xticks(range(len(groups)), groups, fontsize="small")
     axes.set_ylabel(unit)
     axes.set_title(title)
     axes.legend(fontsize="small", ncols=2, loc="upper left", bbox_to_anchor=(1.0, 1.0))
