@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 	$(BIN)/gpipe eval runs/clip_digits
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -14,6 +14,12 @@ def seed():
     torch.manual_seed(0)
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: at the end the other workers would wait for whoever has one of them."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 _failed = pytest.StashKey[bool]()
 
 

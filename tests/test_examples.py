@@ -12,6 +12,8 @@ from gpipe.training.build import make_plan
 from gpipe.training.optimizer import optimizer_class
 from gpipe.training.reading import read_configuration
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 RECIPE = ROOT / "examples" / "clip_vit_b32.yaml"  # for accelerators
