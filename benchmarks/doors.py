@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks import contenders, peers
+from benchmarks import contenders, peers, slices
 from benchmarks.contenders import Contender, Door
 from benchmarks.match import OUR_CUT
 
 DOORS: dict[str, Door] = {
     "plain": contenders.plain,
-    "ceiling": peers.ceiling,
+    "ceiling": slices.ceiling,
     "GPipe": contenders.on_threads,
     "DistributedGPipe": contenders.on_ranks,
-    "torch": peers.torch_pipelining,
-    OUR_CUT: peers.torch_pipelining,
+    "torch": slices.torch_pipelining,
+    OUR_CUT: slices.torch_pipelining,
     "torchgpipe": peers.torchgpipe,
     "fairscale": peers.fairscale,
 }

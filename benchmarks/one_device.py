@@ -26,7 +26,8 @@ from benchmarks.harness import Result, Samples, interleave, ratio, report, stead
 from benchmarks.match import missing_note, parser
 from benchmarks.memory import MEGA
 from benchmarks.models import NETS, Net, moved
-from benchmarks.peers import checkpointed, missing, sharing_torchgpipe
+from benchmarks.peers import missing, sharing_torchgpipe
+from benchmarks.slices import checkpointed
 
 QUESTION = "On one accelerator, what do stages that share it cost against plain PyTorch with the same micro-batches?"
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -11,7 +11,8 @@ from benchmarks.flat import flat_cells, unpacked
 from benchmarks.harness import Samples
 from benchmarks.match import Match
 from benchmarks.models import NETS, parts
-from benchmarks.peers import Slice, uniform
+from benchmarks.peers import uniform
+from benchmarks.slices import Slice
 from benchmarks.stage_meters import StageMeters
 from benchmarks.throughput import bounds
 from gpipe.partitioning.cells import cells_of

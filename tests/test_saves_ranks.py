@@ -15,6 +15,7 @@ from torch import nn
 from worlds import World
 
 from gpipe import Saves
+from gpipe.saving.together import Together
 
 BALANCES = {1: [6], 2: [4, 2], 4: [1, 2, 1, 2]}
 
@@ -34,6 +35,20 @@ def two(worlds):
 
 def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def destroyed(rank):
+    together = Together()
+    group = together._group
+    told = together.each(lambda: rank)
+    dist.destroy_process_group(group())
+    with pytest.raises(RuntimeError, match="the process group was destroyed: save, and wait for saves, before that"):
+        together.each(lambda: rank)
+    return told, group()
+
+
+def test_a_group_ends_where_it_is_destroyed(two):
+    assert two.values(destroyed) == [([0, 1], None)] * 2
 
 
 # --- round trips ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -10,6 +12,8 @@ from gpipe.ranks.error_board import ErrorBoard, Failure, OtherRankFailed, RankLo
 from gpipe.ranks.group_transport import GroupTransport, Wires
 from gpipe.ranks.routes import ConnectionLost
 from gpipe.transport import Aborted
+
+_PATIENCE = 1.0  # seconds to wait for threads, of which some wait for ranks that are gone
 
 
 class Calls:
@@ -28,9 +32,13 @@ class Calls:
         self._failure: Failure | None = None
 
     def close(self) -> None:
-        """Let the threads end."""
+        """Let the threads end, and wait a moment: one that is still in torch when the interpreter ends aborts it."""
         self.wires.close()
         self._board.close()
+        deadline = time.monotonic() + _PATIENCE
+        for thread in (*self.wires.threads, self._board.thread):
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     @contextmanager
     def running(self, step: int) -> Iterator[GroupTransport]:

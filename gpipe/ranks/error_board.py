@@ -65,8 +65,8 @@ class ErrorBoard:
         self._store = store
         self._ranks = ranks
         self._jobs: SimpleQueue[tuple[threading.Event, Callable[[], None]] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=_watch, args=(store, self._jobs), name="gpipe-watch", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=_watch, args=(store, self._jobs), name="gpipe-watch", daemon=True)
+        self.thread.start()
 
     @contextmanager
     def watched(self, on_failure: Callable[[], None]) -> Iterator[None]:

@@ -7,6 +7,7 @@ with an accelerator of their own a route also has an NCCL communicator.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from enum import Enum
 from queue import SimpleQueue
@@ -44,6 +45,12 @@ class Wires:
         self.outgoing = {k: Outgoing(r, self._on_loss) for k, r in routes.items() if r.source == rank}
         self.incoming = {k: Incoming(r, self._on_loss) for k, r in routes.items() if r.target == rank}
         self._broken = False
+
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """What sends and receives in the background."""
+        ends: list[Outgoing | Incoming] = [*self.outgoing.values(), *self.incoming.values()]
+        return [end.thread for end in ends]
 
     def connect(self, on_loss: Callable[[BaseException], None]) -> None:
         """Whom to tell of a lost connection."""

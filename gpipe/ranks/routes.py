@@ -86,7 +86,7 @@ class Outgoing:
         self._stream = route.stream()
         self._lock = threading.Lock()  # one message after the other, and none behind the last
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._thread = _started(_run_jobs, self._jobs, f"gpipe-send-{route.source}-to-{route.target}")
+        self.thread = _started(_run_jobs, self._jobs, f"gpipe-send-{route.source}-to-{route.target}")
 
     def send(self, micro_batch: int, message: Message) -> None:
         """Begin to send a message; what it holds is kept until it has gone.
@@ -211,7 +211,7 @@ class Incoming:
         self._stopped = False
         self._stream = route.stream()
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._thread = _started(_run_jobs, self._jobs, f"gpipe-receive-{route.target}-from-{route.source}")
+        self.thread = _started(_run_jobs, self._jobs, f"gpipe-receive-{route.target}-from-{route.source}")
 
     def expect(self, count: int, channel: Channel) -> None:
         """Receive so many messages, in the background, and put them into ``channel``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -25,7 +26,7 @@ class Together:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self._group: dist.ProcessGroup | None = None
+        self._group: weakref.ref[dist.ProcessGroup] | None = None  # torch's: its threads end where it is destroyed
         self.rank, self.size = 0, 1
         self._lost: str | None = None
         if not (dist.is_available() and dist.is_initialized()):
@@ -37,7 +38,7 @@ class Together:
             ranks = None if group is None else dist.get_process_group_ranks(group)
             own = dist.new_group(ranks, backend="gloo", use_local_synchronization=ranks is not None)
             assert isinstance(own, dist.ProcessGroup)
-            self._group = own
+            self._group = weakref.ref(own)
 
     def each(self, act: Callable[[], T]) -> list[T]:
         """Do something on every rank.
@@ -83,7 +84,7 @@ class Together:
             return [entry]
         entries: list[tuple[tuple[str, str] | None, T | None]] = [entry] * self.size
         try:
-            dist.all_gather_object(entries, entry, group=self._group)
+            dist.all_gather_object(entries, entry, group=self._alive(self._group))
         except BaseException as error:
             self._leave()
             if isinstance(error, (RuntimeError, ValueError)):
@@ -92,11 +93,19 @@ class Together:
             raise
         return entries
 
+    @staticmethod
+    def _alive(group: weakref.ref[dist.ProcessGroup]) -> dist.ProcessGroup:
+        found = group()
+        if found is None:
+            raise RuntimeError("the process group was destroyed: save, and wait for saves, before that")
+        return found
+
     def _leave(self) -> None:
         """Close this rank's connections: who waits for it hears of it, and need not wait for a time-out."""
         self._lost = "this rank left its group in the middle of a save: end all ranks and start again"
-        group, self._group = self._group, None
-        if dist.is_initialized():
+        group = None if self._group is None else self._group()
+        self._group = None
+        if group is not None and dist.is_initialized():
             dist.destroy_process_group(group)
 
 
