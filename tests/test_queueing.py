@@ -7,8 +7,10 @@ import torch
 from nets import Apply
 from torch import nn
 
+import gpipe.balancing
 from gpipe import GPipe, record
 from gpipe.partitioning.cost import CellCost, SkipCost
+from gpipe.partitioning.profile import profile
 from gpipe.partitioning.solve import Infeasible, predict, solve
 from gpipe.queueing import solve_with_queues, waiting_bytes
 
@@ -68,7 +70,18 @@ def test_no_room_says_so():
         solve_with_queues(slow_first(), 2, micro_batches=8, memory_limit=[300, 10**6], keep=[0, 0], input_bytes=0)
 
 
-def test_a_pipe_stays_under_its_limit_though_gradients_queue():
+def profiled_as_slow_first(*arguments, **options):
+    """A profile whose seconds no other process disturbs: by the time the second backward ends, all gradients wait."""
+    costs = profile(*arguments, **options)
+    return [
+        replace(cost, forward_seconds=seconds, backward_seconds=seconds)
+        for cost, seconds in zip(costs, (20.0, 1.0), strict=True)
+    ]
+
+
+def test_a_pipe_stays_under_its_limit_though_gradients_queue(monkeypatch):
+    monkeypatch.setattr(gpipe.balancing, "profile", profiled_as_slow_first)
+
     def slow(x, linear):
         for _ in range(20):
             linear(x)
