@@ -82,9 +82,12 @@ class Together:
     ) -> list[tuple[tuple[str, str] | None, T | None]]:
         if self._group is None:
             return [entry]
+        group = self._group()
+        if group is None:
+            raise RuntimeError("the process group was destroyed: save, and wait for saves, before that")
         entries: list[tuple[tuple[str, str] | None, T | None]] = [entry] * self.size
         try:
-            dist.all_gather_object(entries, entry, group=self._alive(self._group))
+            dist.all_gather_object(entries, entry, group=group)
         except BaseException as error:
             self._leave()
             if isinstance(error, (RuntimeError, ValueError)):
@@ -92,13 +95,6 @@ class Together:
                 raise RuntimeError(self._lost) from error
             raise
         return entries
-
-    @staticmethod
-    def _alive(group: weakref.ref[dist.ProcessGroup]) -> dist.ProcessGroup:
-        found = group()
-        if found is None:
-            raise RuntimeError("the process group was destroyed: save, and wait for saves, before that")
-        return found
 
     def _leave(self) -> None:
         """Close this rank's connections: who waits for it hears of it, and need not wait for a time-out."""
