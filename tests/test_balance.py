@@ -12,7 +12,7 @@ from gpipe.partitioning.balance import balance_by_flops, balance_by_size, balanc
 
 def test_by_time_slow_cells_are_parted():
     def slow(x):
-        time.sleep(0.01)
+        time.sleep(0.03)
         return x
 
     module = nn.Sequential(Apply(slow), Apply(slow), *(nn.Linear(4, 4) for _ in range(4)))

@@ -17,7 +17,7 @@ KILLS = 5
 # A user's own model: CLIP between two cells, of which every rank has one. They do what the environment asks for; a kill
 # comes some time after the call that is drawn, whatever the rank does then. A step has five calls.
 OWN_MODULE = """
-import os, random, signal, threading
+import atexit, os, random, signal, threading, time
 from torch import nn
 from gpipe.models.clip import clip
 
@@ -31,6 +31,7 @@ class Watch(nn.Module):
 
     def forward(self, x):
         if "BOOM" in os.environ and RANK == 1 and self.calls == 6:
+            atexit.register(time.sleep, 2.0)  # leaves after those that only hear of it
             raise ValueError("boom")
         if "SEED" in os.environ and ATTEMPT < int(os.environ["KILLS"]):
             draw = random.Random(f"{os.environ['SEED']} {ATTEMPT}")
@@ -83,6 +84,7 @@ def test_what_a_cell_raises_is_told_once(tmp_path, file):
     assert re.search(r"raised in stage 1 \(.*\), cell 8 \(Watch\), micro-batch 1, action 1F1\n", result.stderr)
     assert "OtherRankFailed" not in result.stderr
     assert re.search(r"Root Cause.*\n.*\n.*\n.*\n *rank *: 1 ", result.stderr), "torchrun names the rank that failed"
+    assert "traceback : rank 1, stage 1: told why above" in result.stderr
     assert list((tmp_path / "run").glob("*.safetensors")) == []
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 import traceback
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -17,7 +20,9 @@ if TYPE_CHECKING:
 
 _GRACE = 2.0  # seconds a rank that only heard of a failure waits for the one that failed to tell
 _PATIENCE = 5.0  # seconds others wait until it is told
-_AFTER = 1.0  # seconds others leave later: torchrun takes the first to leave for the cause, and ends the rest at once
+_AFTER = (
+    1.0  # seconds others leave later: torchrun, which counts in whole seconds, takes the first failure for the cause
+)
 _PAUSE = 0.05
 
 
@@ -50,6 +55,8 @@ class Ending:
         if not mine:
             self._hear(_PATIENCE)
             return code
+        if not isinstance(error, OtherRankFailed):
+            _tell_torchrun(name)
         _print(error, name if self._rank or not isinstance(error, UserError) else "", console)
         with suppress(RuntimeError):
             self._store.set("told", "1")
@@ -86,6 +93,18 @@ def _exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return 130
     return error.exit_code if isinstance(error, UserError) else 1
+
+
+def _tell_torchrun(name: str) -> None:
+    """Write down when this rank failed, as torch.distributed.elastic's ``ErrorHandler`` does.
+
+    Without that, torchrun takes the process whose exit it sees first for the cause, and leaving takes a process up to
+    seconds.
+    """
+    if (file := os.environ.get("TORCHELASTIC_ERROR_FILE")) is not None:
+        failure = {"message": f"{name}told why above", "extraInfo": {"timestamp": str(int(time.time()))}}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": failure}))
 
 
 def _print(error: BaseException, name: str, console: Console) -> None:
