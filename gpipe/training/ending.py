@@ -18,11 +18,9 @@ from gpipe.training.errors import ConfigurationError, Interrupted, Silent, UserE
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-_GRACE = 2.0  # seconds a rank that only heard of a failure waits for the one that failed to tell
+_GRACE = 2.0  # seconds the rank that tells stays for the others to hear, or others leave it to the first
 _PATIENCE = 5.0  # seconds others wait until it is told
-_AFTER = (
-    1.0  # seconds others leave later: torchrun, which counts in whole seconds, takes the first failure for the cause
-)
+_AFTER = 1.0  # seconds others leave later: torchrun counts in whole ones, and takes the first failure for the cause
 _PAUSE = 0.05
 
 
@@ -70,10 +68,10 @@ class Ending:
             self._hear(_PATIENCE)
             return True
         if isinstance(error, ConfigurationError) and self._rank:
-            return self._hear(_GRACE / 2)  # mostly all ranks find the same: better that the first tells
+            return self._hear(_GRACE)  # mostly all ranks find the same: better that the first tells
         if isinstance(error, RankLost):
             return self._hear(0.0)  # it ended, and had its say before
-        return isinstance(error, OtherRankFailed) and self._hear(_GRACE)
+        return isinstance(error, OtherRankFailed) and self._hear(_PATIENCE)
 
     def _hear(self, seconds: float) -> bool:
         """Whether another rank has told within so many seconds."""
