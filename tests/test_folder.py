@@ -58,3 +58,16 @@ def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match=r"output: .*file/run cannot be "):
         tiny_run.run(tiny_run.write(tmp_path), f"output={tmp_path / 'file' / 'run'}")
+
+
+def test_what_killed_processes_left_half_written_goes(tmp_path: Path) -> None:
+    file = tiny_run.write(tmp_path)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    left = [folder / f".{name}.12345.partial" for name in ("config.yaml", "weights.safetensors", "timeline.json")]
+    others = folder / ".eval.json.12345.partial"  # gpipe eval may be writing it
+    for path in (*left, others):
+        path.write_text("half")
+    tiny_run.run(file, "training.steps=1")
+    assert not any(path.exists() for path in left)
+    assert others.exists()

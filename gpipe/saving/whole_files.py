@@ -30,6 +30,13 @@ def replacing(path: Path) -> Iterator[Path]:
             beside.unlink(missing_ok=True)
 
 
+def sweep(path: Path) -> None:
+    """Remove what processes that were killed left of ``path``, half written; nobody else may be writing it now."""
+    for left in path.parent.glob(f".{path.name}.*.partial"):
+        with suppress(OSError):
+            left.unlink()
+
+
 def sync(path: Path) -> None:
     """Have the disk hold a file or a folder, so that not even a power cut leaves an empty one under a good name."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from gpipe.saving.whole_files import sweep
 from gpipe.training.config import Configuration
 from gpipe.training.errors import ConfigurationError
 from gpipe.training.problems import shown
@@ -97,6 +98,8 @@ class RunFolder:
         if self._claimed:
             return
         self._claimed = True
+        for path in (self.configuration, self.weights, self.timeline):
+            sweep(path)
         head = f"# What {source} and --set said, with every default.\n"
         if job is not None:
             head += f"{_JOB}{job}\n"
