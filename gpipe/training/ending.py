@@ -58,7 +58,7 @@ class Ending:
         _print(error, name if self._rank or not isinstance(error, UserError) else "", console)
         with suppress(RuntimeError):
             self._store.set("told", "1")
-            deadline = time.monotonic() + (0.0 if isinstance(error, RankLost) else _GRACE)
+            deadline = time.monotonic() + (_AFTER if isinstance(error, RankLost) else _GRACE)
             while self._store.add("heard", 0) < self._ranks - 1 and time.monotonic() < deadline:
                 time.sleep(_PAUSE)  # whoever keeps the store stays until all have heard
         return code
