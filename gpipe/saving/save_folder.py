@@ -26,6 +26,7 @@ FORMAT = 1
 _CONTENT = "save.json"
 _LATEST = "latest"
 _NAME = re.compile(r"\.?step-(\d{9,})(\.replaced)?")
+_LEFT = (".step-*.partial", ".step-*.replaced", f".{_LATEST}.*.partial")
 _BLOCK = 1 << 22  # bytes read at once
 
 Files = dict[str, tuple[int, int]]
@@ -189,9 +190,9 @@ def _checked(path: Path) -> dict[str, Any]:
 
 def _sweep(folder: Path, step: int, keep: int) -> None:
     """Delete what is not among the newest ``keep`` saves, and what a killed run left half-written."""
-    saves = {path: _step(path) for path in folder.glob("step-*") if _step(path) >= 0}
+    saves = {path: _step(path) for path in folder.glob("step-*") if _step(path) >= 0 and (path / _CONTENT).is_file()}
     kept = sorted(other for other in saves.values() if other <= step)[-keep:]
-    leftovers = [path for pattern in (".*.partial", ".step-*.replaced") for path in folder.glob(pattern)]
+    leftovers = [path for pattern in _LEFT for path in folder.glob(pattern)]
     for path in [path for path, other in saves.items() if other not in kept] + leftovers:
         try:
             _delete(path)

@@ -63,7 +63,7 @@ class Saves:
     def __init__(self, folder: str | Path, *, keep: int = 2, group: dist.ProcessGroup | None = None) -> None:
         if type(keep) is not int or keep < 1:
             raise ValueError(f"keep must be a whole number of at least 1, got {keep!r}")
-        self.folder, self.keep = Path(folder), keep
+        self.folder, self.keep = Path(folder).absolute(), keep
         self._ranks = Together(group)
         self._thread: threading.Thread | None = None
         self._failed: list[BaseException] = []  # of the save in the background, until someone is told

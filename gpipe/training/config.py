@@ -82,9 +82,11 @@ class PipelineConfig(Section):
     def _are_devices(cls, devices: list[str] | str | None) -> list[str] | str | None:
         for name in [devices] if isinstance(devices, str) else devices or []:
             try:
-                torch.device(name)
+                device = torch.device(name)
             except RuntimeError as error:
                 raise ValueError(f"{name!r} is no device of torch, such as 'cpu' or 'cuda:0'") from error
+            if device.type == "meta":
+                raise ValueError("'meta' holds no values to train; give 'cpu' or an accelerator, such as 'cuda:0'")
         return devices
 
     @model_validator(mode="after")
@@ -148,6 +150,15 @@ class DecaySchedule(Section):
     warmup_steps: NonNegativeInt = 0
     decay_steps: PositiveInt | None = None
     final_share: Share = 0.0
+
+    @model_validator(mode="after")
+    def _goes_down_after_it_rose(self) -> Self:
+        if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
+            raise ValueError(
+                f"decay_steps is {self.decay_steps} but warmup_steps is {self.warmup_steps}; the way down ends at step "
+                "decay_steps, so give a larger one, or leave it out"
+            )
+        return self
 
 
 Schedule = Annotated[ConstantSchedule | DecaySchedule, Field(discriminator="name")]

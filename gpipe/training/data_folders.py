@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 
 from gpipe.training.data_augment import Augment
 from gpipe.training.data_draws import hold_out
@@ -40,7 +40,7 @@ class PhotoSettings(DataSettings):
 
     augment: Augment | None = Augment(scale=0.1, flip=True, padding="reflection")
     mean: list[float] = Field(default=MEAN, min_length=3, max_length=3)
-    std: list[float] = Field(default=STD, min_length=3, max_length=3)
+    std: list[PositiveFloat] = Field(default=STD, min_length=3, max_length=3)
     tokenizer: str = WORD_TOKENIZER
     context_length: int = Field(default=77, ge=3)
 

@@ -69,14 +69,28 @@ class FileImages:
         path, origin = self.paths[row], self.origins[row]
         try:
             with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (OSError, UnidentifiedImageError, SyntaxError) as error:
+                image = _eight_bits(file).convert("RGB")
+        except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
             where = f"{origin}: " if origin else ""
             raise ValueError(
                 f"{where}expected an image file, got {path}, which cannot be decoded ({error}): "
                 "repair the file or leave it out"
             ) from error
         return _square(image, self.size)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 bits in 8, which ``convert`` would cut off at 255 instead.
+
+    Raises:
+        OSError: Its values are of a type that says nothing of their range.
+    """
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    if sixteen:
+        return Image.fromarray(((numpy.asarray(image).astype(numpy.uint32) + 128) // 257).astype(numpy.uint8))
+    if image.mode in ("I", "F"):
+        raise OSError(f"pixels of mode {image.mode!r} have no known range; 8 or 16 bits have")
+    return image
 
 
 def _square(image: Image.Image, size: int) -> Tensor:

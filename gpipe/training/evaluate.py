@@ -38,7 +38,8 @@ def evaluate(model: nn.Module, data: Data, *, batch_size: int = 256) -> Results:
       ``image_to_text`` retrieval between the test images and the first template's captions, ``linear_probe`` on the
       image features, and for small images ``raw_pixels``, the same probe on the pixels, to compare with;
     - images with captions: retrieval in both directions;
-    - labelled images, classification: ``classification`` accuracy, and ``raw_pixels`` as above;
+    - labelled images, classification: ``classification`` accuracy, and ``raw_pixels`` as above; no probe where the
+      part it is fitted on has a single class;
     - text: ``language_model``, the mean loss per byte in nats and in bits; to compare with, on the same bytes,
       ``unigram``, the frequencies of bytes in the training part, and ``gzip``.
 
@@ -53,7 +54,7 @@ def evaluate(model: nn.Module, data: Data, *, batch_size: int = 256) -> Results:
 
     Raises:
         ValueError: If the model does not fit the data, or its features are not finite.
-        TypeError: If the data set is of a kind that evaluation does not know.
+        TypeError: If the data set is of a kind that evaluation does not know, or the model gives no tensor.
     """
     if isinstance(data, LabelledImages) and data.task == "classification":
         return _classification(model, data, batch_size)
@@ -103,7 +104,7 @@ def _probes(model: nn.Module, data: LabelledImages, test: Tensor, batch_size: in
     def features(images: Images) -> Tensor:
         return encode_images(model, images, batch_size=batch_size)
 
-    return {"linear_probe": _probe(data, features, test), **_raw_pixels(data)}
+    return {**_probe("linear_probe", data, features, test), **_raw_pixels(data)}
 
 
 def _raw_pixels(data: LabelledImages) -> Results:
@@ -112,24 +113,26 @@ def _raw_pixels(data: LabelledImages) -> Results:
 
     if data.rows * data.train_images[torch.tensor([0])].numel() > PIXELS:
         return {}
-    return {"raw_pixels": _probe(data, pixels, pixels(data.test_images))}
+    return _probe("raw_pixels", data, pixels, pixels(data.test_images))
 
 
-def _probe(data: LabelledImages, of: Callable[[Images], Tensor], test: Tensor) -> dict[str, float]:
-    """Logistic regression on features of the images; ``test`` are those of the test images."""
+def _probe(name: str, data: LabelledImages, of: Callable[[Images], Tensor], test: Tensor) -> Results:
+    """Logistic regression on features of the images, ``test`` those of the test images; none on a single class."""
     division = data.validation()
     train_labels, test_labels = data.probe_labels()
     fit_labels, choose_labels = division.probe_labels()
+    if bool((fit_labels == fit_labels[:1]).all()) or not len(choose_labels):
+        return {}
     fit: Labelled = of(division.train_images), fit_labels
     choose: Labelled = of(division.test_images), choose_labels
-    return linear_probe((of(data.train_images), train_labels), (test, test_labels), (fit, choose))
+    return {name: linear_probe((of(data.train_images), train_labels), (test, test_labels), (fit, choose))}
 
 
 def _classification(model: nn.Module, data: LabelledImages, batch_size: int) -> Results:
     images, labels = data.test_images, data.test_labels
     with evaluating(model) as device:
         chunks = torch.split(torch.arange(len(images)), batch_size)
-        logits = torch.cat([model(images[rows].to(device)).float().cpu() for rows in chunks])
+        logits = torch.cat([_logits(model, images[rows].to(device)) for rows in chunks])
     _check_logits(logits, (len(labels), len(data.classes)))
     right = {"accuracy": accuracy(logits.argmax(dim=1), labels), "images": float(len(labels))}
     return {"classification": right, **_raw_pixels(data)}
@@ -140,7 +143,7 @@ def _text(model: nn.Module, data: TextWindows, batch_size: int) -> Results:
     with evaluating(model) as device:
         for rows in torch.split(torch.arange(data.test_rows), batch_size):
             inputs, targets = data.test_batch(rows)
-            logits = model(inputs.to(device)).float().cpu()
+            logits = _logits(model, inputs.to(device))
             _check_logits(logits, (*targets.shape, data.vocabulary_size))
             loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
             total, values = total + loss.item(), values + targets.numel()
@@ -151,6 +154,16 @@ def _text(model: nn.Module, data: TextWindows, batch_size: int) -> Results:
         "unigram": {"bits_per_byte": unigram_bits(data.train, judged)},
         "gzip": {"bits_per_byte": gzip_bits(judged)},
     }
+
+
+def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
+    logits = model(inputs)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"expected logits from the model, one tensor, got {type(logits).__name__}: let it give them alone in eval "
+            "mode"
+        )
+    return logits.float().cpu()
 
 
 def _check_logits(logits: Tensor, shape: tuple[int, ...]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch.nn import Parameter
-from torch.optim import Optimizer
+from torch.optim import Optimizer, SparseAdam
 
 from gpipe.training.config import ConstantSchedule, OptimizerConfig, Schedule
 from gpipe.training.factory import FactoryError, checked_arguments
@@ -28,6 +28,8 @@ def optimizer_class(config: OptimizerConfig) -> tuple[type[Optimizer], dict[str,
         raise FactoryError(f"optimizer.name: should be one of {', '.join(names)}, given {config.name!r}{hint}")
     found: type[Optimizer] = getattr(torch.optim, config.name)
     arguments = checked_arguments(found, config.arguments, "optimizer", skip=1)
+    if arguments.get("differentiable"):
+        raise FactoryError("optimizer.differentiable: steps are taken outside autograd's graph: leave it out")
     try:
         found([Parameter(torch.zeros(2, 2))], **arguments)
     except Exception as error:
@@ -36,10 +38,10 @@ def optimizer_class(config: OptimizerConfig) -> tuple[type[Optimizer], dict[str,
 
 
 def _usable_optimizers() -> list[str]:
-    """All of ``torch.optim`` but those whose step wants a closure."""
+    """All of ``torch.optim`` but those whose step wants a closure, or sparse gradients, which nothing here gives."""
     found = []
     for name, value in vars(torch.optim).items():
-        if not inspect.isclass(value) or not issubclass(value, Optimizer) or value is Optimizer:
+        if not inspect.isclass(value) or not issubclass(value, Optimizer) or value in (Optimizer, SparseAdam):
             continue
         closure = inspect.signature(value.step).parameters.get("closure")
         if closure is None or closure.default is not closure.empty:

@@ -39,17 +39,19 @@ class Trainer:
         self._job = job
         self._saves = Saves(saves)
         self._training = job.plan.configuration.training
+        self._infinite = {name for name, weight in job.engine.weights().items() if not _finite(weight)}
 
     def train_step(self) -> StepResult:
         """One mini-batch forward and backward, and one step of the optimizer.
 
         Raises:
             NonFiniteError: If the loss is no number; the weights are then as before.
-            RunError: If the loss is no scalar. OtherRankFailed: If another rank failed.
+            RunError: If the loss is no scalar, or a row of the data cannot be read.
+            OtherRankFailed: If another rank failed.
         """
         engine, training = self._job.engine, self._training
         rate = engine.set_learning_rate(learning_rate_factor(training.schedule, self.step, training.steps))
-        batch = self._job.data.batch(self.step, training.batch_size) if engine.uses_batch else (None, None)
+        batch = self._batch() if engine.uses_batch else (None, None)
         try:
             value = engine.forward_and_backward(self.step, *batch)
         except NonFiniteError as error:
@@ -59,6 +61,12 @@ class Trainer:
         engine.update()
         self.step += 1
         return StepResult(value, rate)
+
+    def _batch(self) -> tuple[Any, Any]:
+        try:
+            return self._job.data.batch(self.step, self._training.batch_size)
+        except ValueError as error:
+            raise RunError(f"step {self.step + 1}: {error}") from error
 
     def save(self) -> None:
         """Keep all that `load` needs.
@@ -77,7 +85,7 @@ class Trainer:
 
     def _check_finite(self) -> None:
         for name, weight in self._job.engine.weights().items():
-            if isinstance(weight, Tensor) and weight.is_floating_point() and not weight.isfinite().all():
+            if name not in self._infinite and not _finite(weight):
                 raise NonFiniteError(f"step {self.step}: the weights {name} are no longer all finite")
 
     def load(self, warn: Callable[[str], None]) -> dict[str, str] | None:
@@ -100,6 +108,10 @@ class Trainer:
         self.step = restored.step
         then: dict[str, str] = restored.extra["written_with"]
         return then
+
+
+def _finite(weight: Any) -> bool:
+    return not (isinstance(weight, Tensor) and weight.is_floating_point()) or bool(weight.isfinite().all())
 
 
 def written_with(job: Job) -> dict[str, str]:
