@@ -1,5 +1,6 @@
 """Pipeline-parallel training, exact to the bit."""
 
+from gpipe import testing as testing
 from gpipe.distributed import DistributedGPipe
 from gpipe.phase import is_checkpointing, is_recomputing
 from gpipe.pipe import GPipe

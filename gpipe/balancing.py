@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from gpipe.partitioning.partition import Partition
 from gpipe.partitioning.profile import profile
 from gpipe.partitioning.split import split_evenly
 from gpipe.queueing import solve_with_queues
-from gpipe.settings import Checkpoint, check_checkpoint, check_devices, kept_micro_batches
+from gpipe.settings import Checkpoint, check_balance, check_checkpoint, check_devices, kept_micro_batches
 
 MemoryLimit = int | str | Sequence[int | str]
 
@@ -31,6 +31,41 @@ class Plan:
     balance: list[int]
     checkpoint: Checkpoint
     partition: Partition | None = None
+
+
+def planned(
+    module: nn.Module,
+    cells: Sequence[tuple[str, nn.Module]],
+    balance: Iterable[int] | None,
+    devices: Any,
+    chunks: int,
+    checkpoint: Any,
+    sample: Any,
+    memory_limit: MemoryLimit | None,
+) -> Plan:
+    """Balance and checkpoint from the arguments of ``GPipe``: as given, measured, or by parameter count.
+
+    Raises:
+        TypeError, ValueError: They do not fit together, or no partition fits the memory.
+    """
+    if sample is None and (memory_limit is not None or checkpoint == "auto"):
+        raise ValueError("memory_limit and checkpoint='auto' need a sample: give a mini-batch of inputs to measure")
+    if checkpoint == "auto" and memory_limit is None:
+        raise ValueError("checkpoint='auto' keeps what fits: give memory_limit, or checkpoint='never' to keep all")
+    if sample is None:
+        given = balance_by_parameters(cells, devices) if balance is None else check_balance(balance, len(cells))
+        return Plan(given, checkpoint)
+    if balance is not None:
+        raise ValueError("balance is given, and sample to measure one: leave one of the two out")
+    return balance_by_measurement(
+        module,
+        len(cells),
+        devices=devices,
+        sample=sample,
+        chunks=chunks,
+        checkpoint=checkpoint,
+        memory_limit=memory_limit,
+    )
 
 
 def balance_by_parameters(cells: Sequence[tuple[str, nn.Module]], devices: Any) -> list[int]:

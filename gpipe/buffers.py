@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gpipe.cells import entry
 from gpipe.memory import version
 
 Place = tuple[nn.Module, str]
@@ -23,11 +24,13 @@ class Before:
     """What a forward started from.
 
     Attributes:
-        buffers: Every buffer; those that forward changes as copies.
+        modules: Whose buffers they are.
+        buffers: Every buffer; those that forward changes as copies, None where one is yet to be.
         versions: Of the buffers that are no copies, a number that changes when they are written to.
     """
 
-    buffers: dict[Place, Tensor]
+    modules: Sequence[nn.Module]
+    buffers: dict[Place, Tensor | None]
     versions: dict[Place, int]
 
 
@@ -41,16 +44,17 @@ class ChangingBuffers:
     def watched(self, modules: Sequence[nn.Module]) -> Iterator[Before]:
         """Run a forward inside; gives what it started from."""
         buffers = {(m, name): b for m in modules for name, b in m._buffers.items() if b is not None}
+        unset: dict[Place, Tensor | None] = {(m, n): None for m in modules for n, b in m._buffers.items() if b is None}
         versions = {place: version(b) for place, b in buffers.items()}
         pattern = tuple((id(m), m.training) for m in modules)
         known = self._changing.get(pattern)
         copies = {place: b.clone() for place, b in buffers.items() if known is None or place[0] in known}
-        before = Before(buffers | copies, versions)
+        before = Before(modules, {**unset, **buffers, **copies}, versions)
         yield before
         changing = self._changing.setdefault(pattern, set())
         for (m, name), b in buffers.items():
             written = version(b) != versions[m, name] or (known is None and not torch.equal(b, copies[m, name]))
-            if written or m._buffers.get(name) is not b:
+            if written or entry(m._buffers, name) is not b:
                 changing.add(m)
         for place in copies:
             if place[0] in changing:
@@ -67,16 +71,21 @@ def rewound(before: Before) -> Iterator[None]:
         RuntimeError: A buffer of which no copy was made has been written to.
     """
     for (m, name), number in before.versions.items():
-        if version(before.buffers[m, name]) != number:
+        buffer = before.buffers[m, name]
+        if buffer is not None and version(buffer) != number:
             raise RuntimeError(
                 f"the buffer {name!r} of {type(m).__name__} was modified in place after forward began, so a recompute "
                 "would not repeat it: modify it after backward, or wrap with checkpoint='never' and leave two_pass out"
             )
-    now = {(m, name): m._buffers.get(name) for m, name in before.buffers}
+    now = {(m, name): entry(m._buffers, name) for m, name in before.buffers}
+    later = {(m, name): b for m in before.modules for name, b in m._buffers.items() if (m, name) not in now}
+    for m, name in later:
+        del m._buffers[name]  # forward registered it
     for place, value in before.buffers.items():
-        place[0]._buffers[place[1]] = value if place in before.versions else value.clone()
+        place[0]._buffers[place[1]] = value if value is None or place in before.versions else value.clone()
     try:
         yield
     finally:
+        now |= later
         for (m, name), buffer in now.items():
             m._buffers[name] = buffer

@@ -2,11 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from gpipe.partitioning.cells import Cell
+
+_OWN = {"step", "recording", "metered"}  # set again in every mini-batch
+
+
+def entry(registry: Mapping[str, Tensor | None], name: str) -> Tensor | None:
+    """A parameter or buffer of a module; None where there is none. ``ScriptModule``'s registries have no ``get``."""
+    return registry[name] if name in registry else None
+
+
+def switched(module: nn.Module, cells: Iterable[Cell], mode: bool) -> None:
+    """Set training mode on a module, in the way of its own if it has one, and on cells that are no part of it."""
+    module.train(mode)
+    inside = set(module.modules())
+    for _, cell in cells:
+        if cell not in inside:
+            cell.train(mode)
+
+
+def refuse_hooks(module: nn.Module, call: str) -> None:
+    """Raise a RuntimeError if the wrapped module has hooks, where ``call`` does not run its forward as one call."""
+    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
+        raise RuntimeError(
+            f"the wrapped module has forward or backward hooks, which {call} would pass over: register them on its "
+            "cells, or call pipe(inputs) and loss.backward()"
+        )
 
 
 def registries(module: nn.Module) -> dict[str, Any]:
-    """What makes ``module`` an ``nn.Module`` - parameters, buffers, children, hooks - as the very same objects."""
+    """What makes ``module`` an ``nn.Module`` - parameters, buffers, children, hooks - as the very same objects.
+
+    Raises:
+        ValueError: It has something under a name that a pipe needs for itself.
+    """
+    if taken := sorted(_OWN & {*module._parameters, *module._buffers, *module._modules}):
+        raise ValueError(
+            f"the module has something named {taken[0]!r}, which is an attribute of the pipe: rename it, or wrap "
+            "nn.Sequential(module)"
+        )
     return {key: vars(module)[key] for key in vars(nn.Module())}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 from gpipe import schedules, two_pass
 from gpipe.schedule import Schedule
@@ -37,19 +37,29 @@ def chosen(
                 f"schedule must be one of {', '.join(map(repr, schedules.BUILDERS))}, a builder or a Schedule, got "
                 f"{type(schedule).__name__} {schedule!r}"
             )
-        return _built(cast(Hashable, builder), stages, micro_batches, keep, two_passes)
-    if (schedule.stages, schedule.micro_batches) != (stages, micro_batches):
-        raise ValueError(
-            f"schedule {schedule.name!r} is for {schedule.stages} stages and {schedule.micro_batches} micro-batches, "
-            f"but there are {stages} and {micro_batches}: build it for these, or give its builder"
-        )
+        if not isinstance(builder, Hashable):
+            return _built.__wrapped__(builder, stages, micro_batches, keep, two_passes)
+        return _built(builder, stages, micro_batches, keep, two_passes)
+    _check_numbers(schedule, stages, micro_batches)
     return _validated(schedule)
 
 
 @lru_cache(maxsize=64)
 def _built(builder: Any, stages: int, micro_batches: int, keep: tuple[int, ...], two_passes: bool) -> Schedule:
-    built = schedules.with_recompute(builder(stages=stages, micro_batches=micro_batches), keep).validate()
+    made = builder(stages=stages, micro_batches=micro_batches)
+    if not isinstance(made, Schedule):
+        raise TypeError(f"a schedule's builder must return a Schedule, got {type(made).__name__} from {builder!r}")
+    _check_numbers(made, stages, micro_batches)
+    built = schedules.with_recompute(made, keep).validate()
     return two_pass.last_first(built) if two_passes else built
+
+
+def _check_numbers(schedule: Schedule, stages: int, micro_batches: int) -> None:
+    if (schedule.stages, schedule.micro_batches) != (stages, micro_batches):
+        raise ValueError(
+            f"schedule {schedule.name!r} is for {schedule.stages} stages and {schedule.micro_batches} micro-batches, "
+            f"but there are {stages} and {micro_batches}: build it for these, or give a builder that does"
+        )
 
 
 @lru_cache(maxsize=64)

@@ -61,19 +61,32 @@ class CallerContext:
                 stack.enter_context(self.default_device)
             stack.enter_context(torch.inference_mode(self.inference))
             stack.enter_context(torch.set_grad_enabled(self.grad))
+            stack.enter_context(_no_cast_cache())
             yield
 
     def autocasting(self) -> AbstractContextManager[Any]:
-        """The captured autocast.
-
-        Without its cache: a cast weight kept from one micro-batch to the next would tie their graphs.
-        """
+        """The captured autocast."""
         if not self.autocast:
             return _NOTHING
         stack = ExitStack()
         for device_type, dtype in self.autocast:
             stack.enter_context(torch.autocast(device_type, dtype, cache_enabled=False))
         return stack
+
+
+@contextmanager
+def _no_cast_cache() -> Iterator[None]:
+    """Let no autocast of this thread, a cell's own included, keep the weights it casts.
+
+    Kept from one micro-batch to the next they would tie their graphs; and the cache is the process's: a thread that
+    leaves its autocast empties that of the others, whose gradients would then be added up in another type.
+    """
+    callers = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(callers)
 
 
 def refuse_transforms(parameters: Iterable[Tensor]) -> None:

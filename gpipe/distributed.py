@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from gpipe.batchnorm import Statistics, commit, defer
 from gpipe.boundary import Boundary
+from gpipe.cells import refuse_hooks
 from gpipe.choosing import AnySchedule, chosen
 from gpipe.context import autocast_off, refuse_transforms
 from gpipe.gradients import collected, trainable
@@ -334,6 +335,7 @@ class DistributedGPipe(SliceModule):
         """Raise what speaks against a training step on this rank."""
         if not torch.is_grad_enabled():
             raise RuntimeError("train_step computes gradients: call it outside torch.no_grad() and inference_mode()")
+        refuse_hooks(self, "train_step")
         if self._averaging is not None:
             self._averaging.check(self._averaged())
         if not self._share.is_last:

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from gpipe.cells import entry
 from gpipe.memory import address, version
 
 
 class Found:
-    """The parameters of some modules, and their training flags.
+    """The parameters of some modules, whether they are trained, and the modules' training flags.
 
     Args:
         modules: The modules, without their children.
@@ -20,6 +21,7 @@ class Found:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._training = {m: m.training for m in modules}
         self._parameters = {(m, name): p for m in modules for name, p in m._parameters.items() if p is not None}
+        self._trained = {p: p.requires_grad for p in self._parameters.values()}
         self._values = self._identified()
 
     def check(self) -> None:
@@ -35,7 +37,10 @@ class Found:
     def restored(self) -> Iterator[None]:
         """Put everything back in place inside: flags that were set since, parameters that were replaced."""
         training = {m: m.training for m, flag in self._training.items() if m.training != flag}
-        parameters = {(m, name): m._parameters.get(name) for m, name in self._parameters}
+        parameters = {(m, name): entry(m._parameters, name) for m, name in self._parameters}
+        trained = {p: p.requires_grad for p, flag in self._trained.items() if p.requires_grad != flag}
+        for p in trained:
+            p.requires_grad_(self._trained[p])
         for m in training:
             m.training = self._training[m]
         for (m, name), p in self._parameters.items():
@@ -45,8 +50,10 @@ class Found:
         finally:
             for m, flag in training.items():
                 m.training = flag
+            for p, flag in trained.items():
+                p.requires_grad_(flag)
             for (m, name), now in parameters.items():
-                m._parameters[name] = now
+                m._parameters[name] = now  # type: ignore[assignment]  # what stood there
 
     def _identified(self) -> list[tuple[int, int]]:
         return [(version(p), address(p)) for p in self._parameters.values()]

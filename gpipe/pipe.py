@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any, Literal, NoReturn, Self, overload
 
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from gpipe import batchnorm
 from gpipe.autograd import attach
-from gpipe.balancing import MemoryLimit, Plan, balance_by_measurement, balance_by_parameters
+from gpipe.balancing import MemoryLimit, planned
 from gpipe.boundary import Boundary
-from gpipe.cells import registries
+from gpipe.cells import refuse_hooks, registries, switched
 from gpipe.choosing import AnySchedule, chosen
 from gpipe.context import autocast_off, refuse_transforms
 from gpipe.gradients import trainable
@@ -27,7 +27,6 @@ from gpipe.partitioning.skips import skips_of
 from gpipe.recording import Recording
 from gpipe.settings import (
     Checkpoint,
-    check_balance,
     check_checkpoint,
     check_chunks,
     check_devices,
@@ -36,7 +35,7 @@ from gpipe.settings import (
     kept_micro_batches,
 )
 from gpipe.stage import Head, Stage
-from gpipe.tied import tied_parameters
+from gpipe.tied import Ties
 from gpipe.timeline import Timeline
 from gpipe.ways import ways_of
 from gpipe.worker import CallersThread, Workers, workers_for
@@ -90,7 +89,7 @@ class GPipe(nn.Module):
         if isinstance(devices, Iterator):
             devices = list(devices)
         self.chunks = check_chunks(chunks)
-        plan = self._planned(module, cells, balance, devices, checkpoint, sample, memory_limit)
+        plan = planned(module, cells, balance, devices, self.chunks, checkpoint, sample, memory_limit)
         self.balance, self.partition = plan.balance, plan.partition
         self.devices = check_devices(devices, len(self.balance)) if self.balance else []
         self.checkpoint = check_checkpoint(plan.checkpoint, len(self.balance))
@@ -123,7 +122,7 @@ class GPipe(nn.Module):
 
     def _run(self, inputs: Any, schedule: AnySchedule = None, two_pass: bool = False) -> Any:
         """All forwards of a mini-batch; autograd runs the rest of the schedule, or the second pass."""
-        with self._lock:
+        with self._taken():
             parts = self._scattered(inputs)
             batch = self._mini_batch(len(parts), schedule, two_pass=two_pass)
             outputs = batch.forward([Boundary.of(part) for part in parts])
@@ -180,18 +179,22 @@ class GPipe(nn.Module):
         rows = row_count(inputs)
         self._check_targets(targets, rows)
         if loss_over == "mini_batch" or not self._stages:
-            outputs = self._run(inputs, schedule, two_pass) if self._stages else inputs
+            default = schedule is None and not two_pass
+            if not default:
+                refuse_hooks(self, "train_step with a schedule or two_pass")
+            outputs = self(inputs) if default or not self._stages else self._run(inputs, schedule, two_pass)
             loss = checked_loss(loss_fn(outputs, self._on_last(targets)))
             del outputs
             with autocast_off():
                 loss.backward()  # type: ignore[no-untyped-call]
             return loss.detach()
+        refuse_hooks(self, "train_step with loss_over='micro_batch'")
         return self._micro_batch_step(inputs, targets, loss_fn, rows, schedule)
 
     def _micro_batch_step(
         self, inputs: Any, targets: Any, loss_fn: LossFunction, rows: int, schedule: AnySchedule
     ) -> Tensor:
-        with self._lock:
+        with self._taken():
             parts = self._scattered(inputs)
             aims = scatter(self._on_last(targets), len(parts)) if has_rows(targets) else [targets] * len(parts)
             head = MicroBatchLoss(loss_fn, aims, split_sizes(rows, self.chunks))
@@ -211,10 +214,8 @@ class GPipe(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode on the wrapped module and its cells."""
-        super().train(mode)
-        vars(self)["module"].training = mode
-        for _, cell in self._cells:
-            cell.train(mode)
+        switched(vars(self)["module"], self._cells, mode)
+        self.training = mode
         return self
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -275,7 +276,7 @@ class GPipe(nn.Module):
         return f"balance={self.balance}, devices={devices}, chunks={self.chunks}, checkpoint={self.checkpoint!r}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("_stages", "_workers", "_lock", "_tied", "recording")}
+        return {k: v for k, v in vars(self).items() if k not in ("_stages", "_workers", "_lock", "_ties", "recording")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -286,7 +287,7 @@ class GPipe(nn.Module):
         self._cells = cells
         ends = [sum(self.balance[:k]) for k in range(len(self.balance) + 1)]
         groups = [cells[left:right] for left, right in pairwise(ends)]
-        self._tied = tied_parameters(groups)
+        self._ties = Ties(groups)
         ways = ways_of(skips_of(cells), self.balance)
         for group, device in zip(groups, self.devices, strict=True):
             for _, cell in group:
@@ -315,7 +316,7 @@ class GPipe(nn.Module):
         parameters = trainable(*modules)
         refuse_transforms(parameters if torch.is_grad_enabled() else ())
         batch = MiniBatch(
-            Pipeline(self._stages, self._workers, self._lock, parameters, self._tied),
+            Pipeline(self._stages, self._workers, self._lock, parameters, self._ties.current()),
             chosen(schedule, len(self._stages), micro_batches, keep, two_pass),
             seed=self.seed,
             step=self.step,
@@ -327,6 +328,17 @@ class GPipe(nn.Module):
         self.recording = batch.recording
         return batch
 
+    @contextmanager
+    def _taken(self) -> Iterator[None]:
+        """One mini-batch at a time."""
+        if self._workers is not None and self._workers.inside():
+            raise RuntimeError(
+                "the pipe is called from within its own mini-batch, by a cell or by loss_fn on a micro-batch, and "
+                "would wait for itself: call the unwrapped module there, or use loss_over='mini_batch'"
+            )
+        with self._lock:
+            yield
+
     def _scattered(self, inputs: Any) -> list[Any]:
         return scatter(moved(inputs, self.devices[0]), self.chunks)
 
@@ -336,32 +348,3 @@ class GPipe(nn.Module):
     def _check_targets(self, targets: Any, rows: int) -> None:
         if has_rows(targets) and (given := row_count(targets)) != rows:
             raise ValueError(f"inputs have {rows} rows, targets have {given}: give one target per row")
-
-    def _planned(
-        self,
-        module: nn.Module,
-        cells: list[tuple[str, nn.Module]],
-        balance: Iterable[int] | None,
-        devices: Any,
-        checkpoint: Any,
-        sample: Any,
-        memory_limit: MemoryLimit | None,
-    ) -> Plan:
-        if sample is None and (memory_limit is not None or checkpoint == "auto"):
-            raise ValueError("memory_limit and checkpoint='auto' need a sample: give a mini-batch of inputs to measure")
-        if checkpoint == "auto" and memory_limit is None:
-            raise ValueError("checkpoint='auto' keeps what fits: give memory_limit, or checkpoint='never' to keep all")
-        if sample is None:
-            given = balance_by_parameters(cells, devices) if balance is None else check_balance(balance, len(cells))
-            return Plan(given, checkpoint)
-        if balance is not None:
-            raise ValueError("balance is given, and sample to measure one: leave one of the two out")
-        return balance_by_measurement(
-            module,
-            len(cells),
-            devices=devices,
-            sample=sample,
-            chunks=self.chunks,
-            checkpoint=checkpoint,
-            memory_limit=memory_limit,
-        )

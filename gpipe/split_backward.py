@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,9 +70,11 @@ class Split:
         """Run backward from some of the roots up to the inputs; with ``keep_graph`` both parts can be run again."""
         edges = [GradientEdge(product.node, 0) for product in self._products]
         wanted: list[Any] = [*edges, *self._now, self._start]
-        found = torch.autograd.grad(roots, wanted, values, retain_graph=keep_graph, allow_unused=True)
+        with _hooked([product.node for product in self._products]) as ran:
+            found = torch.autograd.grad(roots, wanted, values, retain_graph=keep_graph, allow_unused=True)
         entered, now = found[: len(edges)], found[len(edges) : -1]
-        self._waiting = [(g, product) for g, product in zip(entered, self._products, strict=True) if g is not None]
+        pairs = [(ran.get(i, g), product) for i, (g, product) in enumerate(zip(entered, self._products, strict=True))]
+        self._waiting = [(g, product) for g, product in pairs if g is not None]
         if not keep_graph:
             self._products = []
         for parameter, gradient in zip(self._now, now, strict=True):
@@ -84,6 +88,25 @@ class Split:
             with torch.no_grad():
                 result = product.compute(gradient)
             torch.autograd.backward([product.entry], [result], inputs=[product.weight], retain_graph=True)
+
+
+@contextmanager
+def _hooked(nodes: Sequence[Node]) -> Iterator[dict[int, Tensor | None]]:
+    """By the number of a node, if it runs inside, the gradient that enters it, after the user's hooks.
+
+    What ``autograd.grad`` finds at a node that runs is from before them.
+    """
+    ran: dict[int, Tensor | None] = {}
+
+    def note(i: int, gradients: tuple[Tensor | None, ...]) -> None:
+        ran[i] = gradients[0]
+
+    hooks = [node.register_prehook(partial(note, i)) for i, node in enumerate(nodes)]
+    try:
+        yield ran
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _put_off(node: Node, uses: Counter[Node]) -> Iterator[_Product]:

@@ -54,6 +54,40 @@ def tied_parameters(stages: Sequence[Sequence[Cell]]) -> list[Tied]:
     return [tied for tied in found.values() if len(tied[1]) > 1]
 
 
+class Ties:
+    """The tied parameters of some stages, looked for again where modules or parameters were exchanged.
+
+    Args:
+        stages: The cells of every stage.
+
+    Raises:
+        ValueError: As ``tied_parameters``.
+    """
+
+    def __init__(self, stages: Sequence[Sequence[Cell]]) -> None:
+        self._stages = stages
+        self._find()
+
+    def current(self) -> list[Tied]:
+        """Those there are now.
+
+        Raises:
+            ValueError: As ``tied_parameters``.
+        """
+        if list(map(id, self._held())) != self._seen:
+            self._find()
+        return self._tied
+
+    def _find(self) -> None:
+        self._modules = list(dict.fromkeys(m for cells in self._stages for _, cell in cells for m in cell.modules()))
+        self._alive = self._held()  # or another thing might come to have the identity of one
+        self._seen = list(map(id, self._alive))
+        self._tied = tied_parameters(self._stages)
+
+    def _held(self) -> list[object]:
+        return [thing for m in self._modules for thing in (*m._parameters.values(), *m._modules.values())]
+
+
 def _add(groups: list[list[Place]], places: list[Place]) -> None:
     """Add a cell's places to the group that has one of its modules, or as a group of their own."""
     modules = {place.module for place in places}

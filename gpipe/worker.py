@@ -168,6 +168,10 @@ class Workers:
         """Whether the threads exist in this process (they do not in a fork of it)."""
         return self._process == os.getpid()
 
+    def inside(self) -> bool:
+        """Whether one of the threads is asking."""
+        return threading.current_thread() in self._threads
+
     def run(self, jobs: Sequence[Callable[[], None]], abort: Callable[[], None] = lambda: None) -> None:
         """Run one job on every worker and wait for all of them.
 
@@ -222,6 +226,10 @@ class CallersThread:
     def usable(self) -> bool:
         """Always: the caller is there."""
         return True
+
+    def inside(self) -> bool:
+        """Never: the caller waits for no other thread."""
+        return False
 
     def run(self, jobs: Sequence[Callable[[], None]], abort: Callable[[], None] = lambda: None) -> None:
         """Run the job, without the caller's autocast, which jobs set themselves; what it raises is raised."""

@@ -155,3 +155,26 @@ def test_a_failing_recompute_leaves_the_buffers():
     with pytest.raises(ValueError, match="boom"):
         loss.backward()
     assert module[0].calls == 3
+
+
+class Late(nn.Module):
+    """Its state is made by the first forward."""
+
+    def __init__(self, declared):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        if declared:
+            self.register_buffer("state", None)
+
+    def forward(self, x):
+        x = self.linear(x)
+        if getattr(self, "state", None) is None:
+            self.register_buffer("state", torch.zeros(4))
+        self.state = 0.9 * self.state + 0.1 * x.detach().mean(0)
+        return x * (1 + self.state)
+
+
+# A recompute of the first micro-batch found the state that the last one had left, and went on from there.
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_buffer_that_the_first_forward_makes(declared):
+    assert_as_plain(lambda: nn.Sequential(Late(declared), nn.Linear(4, 4), Late(declared)), torch.randn(6, 4))

@@ -193,3 +193,36 @@ def embed(rank):
 def test_sparse_gradients_of_replicas_are_refused(two):
     for raised in two.run(embed):
         assert "replicas average dense gradients, but that of a parameter of shape (5, 4) is sparse" in raised.message
+
+
+class FrozenNorms(nn.Sequential):
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eval()
+        return self
+
+
+def trained_by_itself(rank):
+    pipe = DistributedGPipe(FrozenNorms(nn.Linear(4, 4), nn.LayerNorm(4)), chunks=1, loss_fn=squared)
+    pipe.train()
+    return pipe.training, [module.training for module in pipe.children()]
+
+
+# A train() of the module's own was never called.
+def test_a_module_has_a_training_mode_of_its_own(two):
+    assert two.values(trained_by_itself) == [(True, [True]), (True, [False])]
+
+
+def hooked(rank):
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    pipe = DistributedGPipe(module, chunks=1, loss_fn=squared)
+    module.register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match="the wrapped module has forward or backward hooks, which train_step would"):
+        pipe.train_step(torch.ones(2, 4), torch.ones(2, 4))
+
+
+# They were passed over without a word.
+def test_hooks_of_the_whole_module_are_refused(two):
+    two.values(hooked)

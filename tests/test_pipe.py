@@ -459,3 +459,11 @@ def test_the_output_outlives_the_pipe():
 def test_cells_are_the_children():
     module = nn.Sequential(OrderedDict(a=nn.Linear(2, 2), b=nn.ReLU()))
     assert cells_of(module) == [("a", module.a), ("b", module.b)]
+
+
+def test_names_that_a_pipe_needs_for_itself():
+    module = nn.Sequential(nn.Linear(4, 4))
+    module.register_buffer("step", torch.zeros(()))
+    with pytest.raises(ValueError, match="the module has something named 'step', which is an attribute of the pipe"):
+        GPipe(module, [1], devices=["cpu"])
+    GPipe(nn.Sequential(module), [1], devices=["cpu"])(torch.ones(2, 4))

@@ -91,3 +91,8 @@ def test_import_gpipe_needs_torch_and_numpy_alone():
     roots = {name.split(".")[0] for name in out.split()} - sys.stdlib_module_names
     assert roots <= {"gpipe", "torch", "numpy"}
     assert "gpipe.training" not in out
+
+
+def test_testing_comes_with_the_package():
+    run = subprocess.run([sys.executable, "-c", "import gpipe; gpipe.testing.assert_exact"], capture_output=True)
+    assert run.returncode == 0, run.stderr

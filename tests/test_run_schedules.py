@@ -132,6 +132,25 @@ def test_a_builder_and_a_ready_schedule():
     assert [str(a) for a, *_ in pipe.timeline.workers[2]] == [str(a) for a in ready.workers[2]]
 
 
+class Builder:
+    """A builder without a hash."""
+
+    __hash__ = None
+
+    def __init__(self, build):
+        self.build = build
+
+    def __call__(self, *, stages, micro_batches):
+        return self.build(micro_batches)
+
+
+def test_a_builder_without_a_hash():
+    pipe = make_pipe(linears(), chunks=4)
+    pipe.train_step(
+        torch.ones(8, 4), torch.ones(8, 4), mse, schedule=Builder(lambda m: schedules.gpipe(stages=3, micro_batches=m))
+    )
+
+
 @pytest.mark.parametrize(
     ("schedule", "error", "problem"),
     [
@@ -148,6 +167,9 @@ def test_a_builder_and_a_ready_schedule():
             ScheduleError,
             "2F0 is missing",
         ),
+        (Builder(lambda m: schedules.gpipe(stages=3, micro_batches=m + 1)), ValueError, "and 5 micro-batches, but"),
+        (Builder(lambda m: schedules.gpipe(stages=3, micro_batches=m - 1)), ValueError, "and 3 micro-batches, but"),
+        (Builder(lambda m: None), TypeError, "a schedule's builder must return a Schedule, got NoneType"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_runs(schedule, error, problem):

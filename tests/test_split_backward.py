@@ -251,3 +251,45 @@ def test_a_parameter_that_is_handed_on_too():
         make_pipe(module, chunks=2).train_step(x, t, nn.functional.mse_loss, "micro_batch", schedule=schedule)
         found.append(gradients(module))
     assert_same(found[1], found[0])
+
+
+def clamped(y):
+    if y.requires_grad:
+        y.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+    return y
+
+
+def prehooked(y):
+    if y.grad_fn is not None:
+        y.grad_fn.register_prehook(lambda gradients: tuple(g * 2 for g in gradients))
+    return y
+
+
+class Hooked(nn.Module):
+    def __init__(self, kind, hook):
+        super().__init__()
+        self.layer = nn.Linear(4, 4) if kind == "linear" else nn.Conv1d(4, 4, 1)
+        self.kind, self.hook = kind, hook
+
+    def forward(self, x):
+        y = self.layer(x if self.kind == "linear" else x[:, :, None])
+        return self.hook(y).flatten(1)
+
+
+# The weight's product was computed from the gradient as it was before the hook.
+@pytest.mark.parametrize("schedule", ["gpipe_zero_bubble", "zero_bubble_h1"])
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+@pytest.mark.parametrize("hook", [clamped, prehooked])
+def test_hooks_on_a_layers_output(schedule, kind, hook):
+    found = []
+    for name in (schedule, "gpipe"):
+        torch.manual_seed(1)
+        module = nn.Sequential(nn.Linear(4, 4), Hooked(kind, hook), nn.Tanh(), Hooked(kind, hook))
+        pipe = make_pipe(module, [2, 2], checkpoint="never")
+        pipe.train_step(X, X, nn.functional.mse_loss, "micro_batch", schedule=name)
+        found.append(gradients(module))
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[0][name], value, msg=name)
+
+
+X = torch.randn(6, 4, generator=torch.Generator().manual_seed(2))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from nets import Apply, assert_same, compositions, gradients, make_pipe
 from torch import nn
+from torch.nn.utils import prune
 
 from gpipe import GPipe
 
@@ -126,3 +127,45 @@ def test_a_tied_parameter_that_changes_after_forward_is_noticed():
         module[0].weight.add_(1)
     with pytest.raises(RuntimeError, match="modified in place after forward"):
         output.sum().backward()
+
+
+def exchanged_inside(module, pipe):
+    state = {name: value + 1 for name, value in module.state_dict().items()}
+    nn.Sequential(pipe).load_state_dict({f"0.{name}": value for name, value in state.items()}, assign=True)
+
+
+def untied(module, pipe):
+    module[2].weight = nn.Parameter(module[0].weight.detach() * 2)
+
+
+def replaced_by_another(module, pipe):
+    module[0].weight = module[2].weight = nn.Parameter(module[0].weight.detach() * 2)
+
+
+def pruned(module, pipe):
+    prune.l1_unstructured(module[2], "weight", 0.5)
+
+
+def tied_later(module, pipe):
+    module[1].weight = module[0].weight
+
+
+# What was tied when the pipe was made stayed in place: outputs of the old weights, gradients for nobody.
+@pytest.mark.parametrize("change", [exchanged_inside, untied, replaced_by_another, pruned, tied_later])
+def test_what_is_tied_changes_after_wrapping(change):
+    found = []
+    for balance in ([1, 1, 1], [3]):
+        torch.manual_seed(1)
+        module = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+        module[2].weight = module[0].weight
+        pipe = make_pipe(module, balance)
+        x = torch.randn(6, 4)
+        pipe(x).sum().backward()
+        pipe.zero_grad()
+        change(module, pipe)
+        output = pipe(x)
+        output.square().sum().backward()
+        torch.testing.assert_close(output, module(x))
+        found.append(gradients(module))
+        assert all(gradient is not None for gradient in gradients(module).values())
+    assert_same(*found)

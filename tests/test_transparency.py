@@ -3,6 +3,7 @@
 import contextvars
 import threading
 import time
+import warnings
 from functools import partial
 
 import pytest
@@ -598,3 +599,106 @@ def test_a_pipe_inside_a_module():
     other = Whole()
     other.load_state_dict(whole.state_dict())
     assert_same(other.state_dict(), whole.state_dict())
+
+
+class FrozenNorms(nn.Sequential):
+    """Batch norm stays in eval mode."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                module.eval()
+        return self
+
+
+def test_a_module_has_a_training_mode_of_its_own():
+    module = FrozenNorms(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)).train()
+    pipe = make_pipe(module)
+    pipe.eval()
+    pipe.train()
+    assert pipe.training
+    assert [m.training for m in module] == [True, False, True]
+
+
+# A recompute trained what was frozen while the forward ran: a generator's step past its discriminator.
+@every_keep
+def test_parameters_thawed_between_forward_and_backward(keep):
+    module, pipe, plain = nets(keep)
+    x = torch.randn(6, 4)
+    for run, own in ((pipe, module), (plain, plain.module)):
+        own[1].requires_grad_(False)
+        loss = run(x).square().sum()
+        own[1].requires_grad_(True)
+        loss.backward()
+    assert module[1].weight.grad is None
+    assert module[1].weight.requires_grad
+    assert_same_gradients(module, plain)
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_of_the_whole_module_run_in_train_step_or_are_refused(register):
+    module, pipe, plain = nets("always")
+    ran = []
+    getattr(module, register)(lambda *_: ran.append(1))
+    x = torch.randn(6, 4)
+    pipe.train_step(x, x, nn.functional.mse_loss)
+    nn.functional.mse_loss(plain(x), x).backward()
+    assert ran == [1]
+    assert_same_gradients(module, plain)
+    for options in ({"loss_over": "micro_batch"}, {"schedule": "gpipe_zero_bubble"}, {"two_pass": True}):
+        with pytest.raises(RuntimeError, match="the wrapped module has forward or backward hooks, which train_step"):
+            pipe.train_step(x, x, nn.functional.mse_loss, **options)
+
+
+@every_keep
+def test_scripted_cells(keep):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        module = nn.Sequential(*(torch.jit.script(nn.Linear(4, 4)) for _ in range(3)))
+    pipe = make_pipe(module, checkpoint=keep)
+    x = torch.randn(6, 4)
+    pipe(x).square().sum().backward()
+    found = gradients(module)
+    module.zero_grad()
+    module(x).square().sum().backward()
+    for name, value in gradients(module).items():
+        torch.testing.assert_close(found[name], value)
+
+
+class Casts(nn.Module):
+    """Under an autocast of its own it uses a weight several times."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            self.cached = torch.is_autocast_cache_enabled()
+            for _ in range(4):
+                x = torch.tanh(x @ self.weight)
+        return x.float()
+
+
+# Torch keeps the cast weights of all threads in one place, and the first to leave its autocast drops them.
+def test_cells_with_an_autocast_of_their_own_have_the_same_bits_for_every_number_of_stages():
+    found = []
+    for balance in [[4], *[[1, 1, 1, 1]] * 5]:
+        torch.manual_seed(1)
+        module = nn.Sequential(*(Casts() for _ in range(4)))
+        make_pipe(module, balance, chunks=8)(torch.randn(16, 4)).square().sum().backward()
+        found.append(gradients(module))
+        assert not any(cell.cached for cell in module)
+    for other in found[1:]:
+        assert_same(other, found[0])
+    assert torch.is_autocast_cache_enabled()
+
+
+def test_a_loss_that_calls_its_own_pipe():
+    module, pipe, _ = nets("always")
+    x = torch.randn(6, 4)
+    with pytest.raises(RuntimeError, match="the pipe is called from within its own mini-batch, by a cell or by"):
+        pipe.train_step(x, x, lambda y, t: (pipe(t) - y).square().mean(), "micro_batch")
+    pipe.train_step(x, x, lambda y, t: (module(t) - y).square().mean(), "micro_batch")
+    pipe.train_step(x, x, lambda y, t: (pipe(t) - y).square().mean())

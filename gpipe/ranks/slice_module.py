@@ -8,7 +8,7 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import nn
 
-from gpipe.cells import registries
+from gpipe.cells import registries, switched
 from gpipe.ranks.joining import Joined
 
 
@@ -67,10 +67,8 @@ class SliceModule(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode on this rank's cells and, where it is, the loss."""
-        super().train(mode)
-        self._slice.training = mode
-        for _, cell in self._cells:
-            cell.train(mode)
+        switched(self._slice, self._cells, mode)
+        self.training = mode
         if isinstance(vars(self)["loss_fn"], nn.Module):
             vars(self)["loss_fn"].train(mode)
         return self
