@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gpipe.cells import entry
 from gpipe.partitioning.cells import Cell
 
 
@@ -114,12 +115,16 @@ class Replicas:
     Args:
         tied: Of ``tied_parameters``.
         devices: Of every stage.
+
+    Raises:
+        RuntimeError: A cell no longer holds a parameter that is tied.
     """
 
     def __init__(self, tied: Sequence[Tied], devices: Sequence[torch.device]) -> None:
         self._leaves: list[tuple[nn.Parameter, list[Tensor]]] = []
         self._swaps: list[tuple[Place, Tensor]] = []
         for parameter, groups in tied:
+            _check_held(parameter, groups)
             leaves: list[Tensor] = []
             home = next(i for i, places in enumerate(groups) if devices[places[0].stage] == parameter.device)
             for i, places in enumerate(groups):
@@ -154,6 +159,15 @@ class Replicas:
             for leaf in leaves:
                 leaf.grad = None
         return found
+
+
+def _check_held(parameter: nn.Parameter, groups: Sequence[Sequence[Place]]) -> None:
+    for _, module, name in (place for places in groups for place in places):
+        if entry(module._parameters, name) is not parameter:
+            raise RuntimeError(
+                f"the parameter {name!r} of a {type(module).__name__}, which several cells share, was exchanged after "
+                "wrapping: exchange it before, or wrap again"
+            )
 
 
 def added(parts: Sequence[Tensor | None], device: torch.device) -> Tensor | None:

@@ -208,3 +208,27 @@ def clip_nothing(rank):
 
 def test_without_gradients_and_with_bad_ones(two):
     assert two.values(clip_nothing) == [0.0, 0.0]
+
+
+class Shares(nn.Linear):
+    def __init__(self, other):
+        super().__init__(4, 4)
+        self.weight = other.weight
+
+
+def untied(rank):
+    pipe = DistributedGPipe(
+        nn.Sequential(embedding := nn.Linear(4, 4), Shares(embedding), Shares(embedding), nn.Linear(4, 4)),
+        [2, 2],
+        chunks=1,
+        loss_fn=squared,
+    )
+    (pipe.module[1] if rank == 0 else pipe.module[0]).weight = nn.Parameter(torch.zeros(4, 4))
+    pipe.train_step(torch.ones(2, 4), torch.ones(2, 4))
+
+
+# The step went on with the values from before.
+def test_what_is_tied_may_not_be_exchanged_after_wrapping(two):
+    for raised in two.run(untied):
+        assert isinstance(raised, Raised)
+        assert "the parameter 'weight' of a Shares, which several cells share, was exchanged after" in raised.text
