@@ -26,6 +26,21 @@ def switched(module: nn.Module, cells: Iterable[Cell], mode: bool) -> None:
             cell.train(mode)
 
 
+def links(module: nn.Module, cells: Iterable[Cell]) -> dict[nn.Module, tuple[nn.Module, str]]:
+    """Where the cells hang: parent and name of each that is a part of ``module``, and of the parts it is in."""
+    parents: dict[nn.Module, tuple[nn.Module, str]] = {}
+    for parent in module.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                parents.setdefault(child, (parent, name))
+    found = {}
+    for _, part in cells:
+        while part in parents and part not in found:
+            found[part] = parents[part]
+            part = parents[part][0]
+    return found
+
+
 def refuse_hooks(module: nn.Module, call: str) -> None:
     """Raise a RuntimeError if the wrapped module has hooks, where ``call`` does not run its forward as one call."""
     if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:

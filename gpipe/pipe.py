@@ -15,7 +15,7 @@ from gpipe import batchnorm
 from gpipe.autograd import attach
 from gpipe.balancing import MemoryLimit, planned
 from gpipe.boundary import Boundary
-from gpipe.cells import refuse_hooks, registries, switched
+from gpipe.cells import links, refuse_hooks, registries, switched
 from gpipe.choosing import AnySchedule, chosen
 from gpipe.context import autocast_off, refuse_transforms
 from gpipe.gradients import trainable
@@ -39,6 +39,8 @@ from gpipe.tied import Ties
 from gpipe.timeline import Timeline
 from gpipe.ways import ways_of
 from gpipe.worker import CallersThread, Workers, workers_for
+
+_MADE_AGAIN = ("_stages", "_workers", "_lock", "_ties", "_links", "recording")  # by _build: no pickle keeps them
 
 
 class GPipe(nn.Module):
@@ -276,7 +278,7 @@ class GPipe(nn.Module):
         return f"balance={self.balance}, devices={devices}, chunks={self.chunks}, checkpoint={self.checkpoint!r}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("_stages", "_workers", "_lock", "_ties", "recording")}
+        return {key: value for key, value in vars(self).items() if key not in _MADE_AGAIN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -288,6 +290,7 @@ class GPipe(nn.Module):
         ends = [sum(self.balance[:k]) for k in range(len(self.balance) + 1)]
         groups = [cells[left:right] for left, right in pairwise(ends)]
         self._ties = Ties(groups)
+        self._links = links(vars(self)["module"], cells)
         ways = ways_of(skips_of(cells), self.balance)
         for group, device in zip(groups, self.devices, strict=True):
             for _, cell in group:
@@ -305,7 +308,8 @@ class GPipe(nn.Module):
         self, micro_batches: int, schedule: AnySchedule, head: Head | None = None, two_pass: bool = False
     ) -> MiniBatch:
         module = vars(self)["module"]
-        if isinstance(module, nn.Sequential) and list(module._modules.values()) != [cell for _, cell in self._cells]:
+        others = isinstance(module, nn.Sequential) and list(module._modules.values()) != [c for _, c in self._cells]
+        if others or any(parent._modules.get(name) is not part for part, (parent, name) in self._links.items()):
             raise RuntimeError("the wrapped module's cells were replaced after wrapping: wrap the module again")
         if self._workers is None or not self._workers.usable():
             self._workers = workers_for(len(self._stages), self._intra_op_threads)

@@ -249,6 +249,21 @@ def test_a_module_with_cells():
     assert_exact(Tower(), x, stages=[1, 2, 3])
 
 
+# The pipe went on with the old cell, while parameters() and state_dict() showed the new one.
+@pytest.mark.parametrize("balance", [[3], [1, 2]])
+def test_a_cell_or_what_holds_it_may_not_be_replaced(balance):
+    for replace in (
+        lambda tower: tower.blocks.update({"second": nn.Linear(4, 2)}),
+        lambda tower: setattr(tower, "blocks", copy.deepcopy(tower.blocks)),
+    ):
+        tower = Tower()
+        pipe = make_pipe(tower, balance)
+        pipe(torch.ones(6, 4))
+        replace(tower)
+        with pytest.raises(RuntimeError, match="replaced after wrapping: wrap the module again"):
+            pipe(torch.ones(6, 4))
+
+
 def test_cells_must_hold_the_parameters():
     class Forgetful(Tower):
         def cells(self):
