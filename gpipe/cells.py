@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +25,24 @@ def switched(module: nn.Module, cells: Iterable[Cell], mode: bool) -> None:
     for _, cell in cells:
         if cell not in inside:
             cell.train(mode)
+
+
+@contextmanager
+def shared_buffers(module: nn.Module, cells: Iterable[Cell]) -> Iterator[None]:
+    """Cast or move inside: a buffer that ``module`` and a cell that is no part of it both hold stays one."""
+    inside = set(module.modules())
+    outside = {m: None for _, cell in cells for m in cell.modules() if m not in inside}
+    places: dict[Tensor, list[tuple[nn.Module, str]]] = {}
+    for m in (*outside, *inside):
+        for name, buffer in m._buffers.items():
+            if buffer is not None:
+                places.setdefault(buffer, []).append((m, name))
+    yield
+    for buffer, held in places.items():
+        if held[0][0] in outside:
+            now = next((b for m, name in held if (b := m._buffers[name]) is not buffer), buffer)
+            for m, name in held:
+                m._buffers[name] = now
 
 
 def links(module: nn.Module, cells: Iterable[Cell]) -> dict[nn.Module, tuple[nn.Module, str]]:

@@ -15,7 +15,7 @@ from gpipe import batchnorm
 from gpipe.autograd import attach
 from gpipe.balancing import MemoryLimit, planned
 from gpipe.boundary import Boundary
-from gpipe.cells import links, refuse_hooks, registries, switched
+from gpipe.cells import links, refuse_hooks, registries, shared_buffers, switched
 from gpipe.choosing import AnySchedule, chosen
 from gpipe.context import autocast_off, refuse_transforms
 from gpipe.gradients import trainable
@@ -240,6 +240,10 @@ class GPipe(nn.Module):
             self._refuse_move(str(device))
         return super().to(*args, **kwargs)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        with shared_buffers(vars(self)["module"], self._cells):
+            return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call,no-any-return]
+
     def cuda(self, device: Any = None) -> NoReturn:
         """Refused: every stage has a device of its own."""
         self._refuse_move("cuda")
@@ -292,9 +296,10 @@ class GPipe(nn.Module):
         self._ties = Ties(groups)
         self._links = links(vars(self)["module"], cells)
         ways = ways_of(skips_of(cells), self.balance)
-        for group, device in zip(groups, self.devices, strict=True):
-            for _, cell in group:
-                cell.to(device)
+        with shared_buffers(vars(self)["module"], cells):
+            for group, device in zip(groups, self.devices, strict=True):
+                for _, cell in group:
+                    cell.to(device)
         self._stages = [
             Stage(k, group, ends[k], device, self.devices.count(device) == 1, ways[k])
             for k, (group, device) in enumerate(zip(groups, self.devices, strict=True))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from nets import assert_same, gradients
+from nets import Apply, assert_same, gradients
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from worlds import World
@@ -226,3 +226,27 @@ def hooked(rank):
 # They were passed over without a word.
 def test_hooks_of_the_whole_module_are_refused(two):
     two.values(hooked)
+
+
+class Shifted(nn.Module):
+    """Its cells are made anew, and share its buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("shift", torch.linspace(0, 1, 4))
+
+    def cells(self):
+        shift = Apply(lambda x, part: x + part.shift, nn.Module())
+        shift.parts[0].register_buffer("shift", self.shift)
+        return [self.linear, shift]
+
+
+def cast(rank):
+    pipe = DistributedGPipe(Shifted(), chunks=1, loss_fn=squared).double()
+    return pipe(torch.ones(2, 4, dtype=torch.float64))
+
+
+# A cast reached the module's buffer alone.
+def test_a_buffer_that_new_cells_share_is_cast(two):
+    assert two.values(cast)[1].dtype == torch.float64

@@ -264,6 +264,31 @@ def test_a_cell_or_what_holds_it_may_not_be_replaced(balance):
             pipe(torch.ones(6, 4))
 
 
+class Shifted(nn.Module):
+    """Its cells are made anew, and share its buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("shift", torch.linspace(0, 1, 4))
+
+    def cells(self):
+        shift = Apply(lambda x, part: x + part.shift, nn.Module())
+        shift.parts[0].register_buffer("shift", self.shift)
+        return [self.linear, shift]
+
+
+# A cast reached the module's buffer alone, and what was loaded after it no cell.
+def test_a_buffer_that_new_cells_share_is_cast_and_loaded():
+    module = Shifted()
+    pipe = make_pipe(module, [1, 1])
+    pipe.double()
+    x = torch.ones(6, 4, dtype=torch.float64)
+    assert pipe(x).dtype == torch.float64
+    module.load_state_dict({**module.state_dict(), "shift": torch.full((4,), 9.0, dtype=torch.float64)})
+    assert torch.equal(pipe(x), module.linear(x) + 9)
+
+
 def test_cells_must_hold_the_parameters():
     class Forgetful(Tower):
         def cells(self):

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from gpipe.cells import shared_buffers
 from gpipe.choosing import AnySchedule, chosen
 from gpipe.partitioning.cells import Cell, cells_of
 from gpipe.partitioning.skips import skips_of
@@ -171,8 +172,9 @@ class _Joining:
         for k in mine:
             if self._built is not None:
                 materialise(self._built, self._groups[k], self._ends[k], seed, self._device)
-            for _, cell in self._groups[k]:
-                cell.to(self._device)
+            with shared_buffers(self._module, self._groups[k]):
+                for _, cell in self._groups[k]:
+                    cell.to(self._device)
         keep_slice(self._module, self._cells, self._own)
         if isinstance(self._settings.loss_fn, nn.Module) and self._hosts[-1] == me:
             self._settings.loss_fn.to(self._device)

@@ -8,7 +8,7 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import nn
 
-from gpipe.cells import registries, switched
+from gpipe.cells import registries, shared_buffers, switched
 from gpipe.ranks.joining import Joined
 
 
@@ -101,6 +101,10 @@ class SliceModule(nn.Module):
         if torch._C._nn._parse_to(*args, **kwargs)[0] is not None:
             self._refuse_move()
         return super().to(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        with shared_buffers(self._slice, self._cells):
+            return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call,no-any-return]
 
     def cuda(self, device: Any = None) -> NoReturn:
         """Refused: a rank's stages stay on its device."""
