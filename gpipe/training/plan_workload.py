@@ -92,7 +92,7 @@ def static_bytes(config: OptimizerConfig) -> tuple[float, bool]:
     try:
         optimizer = kind([matrix], **arguments)
         optimizer.step()
-    except Exception:  # such as SparseAdam, which wants sparse gradients
+    except Exception:  # such as with capturable=True, which steps on accelerators alone
         return _ASSUMED_STATIC, False
     state = sum(t.nbytes for t in tree_leaves(optimizer.state[matrix]) if isinstance(t, Tensor))
     return 2 + round(state / matrix.nbytes, 1), True
