@@ -80,10 +80,10 @@ class Ties:
         return self._tied
 
     def _find(self) -> None:
+        self._tied = tied_parameters(self._stages)
         self._modules = list(dict.fromkeys(m for cells in self._stages for _, cell in cells for m in cell.modules()))
         self._alive = self._held()  # or another thing might come to have the identity of one
         self._seen = list(map(id, self._alive))
-        self._tied = tied_parameters(self._stages)
 
     def _held(self) -> list[object]:
         return [thing for m in self._modules for thing in (*m._parameters.values(), *m._modules.values())]

@@ -169,3 +169,12 @@ def test_what_is_tied_changes_after_wrapping(change):
         found.append(gradients(module))
         assert all(gradient is not None for gradient in gradients(module).values())
     assert_same(*found)
+
+
+def test_a_module_shared_by_two_stages_after_wrapping_is_refused_each_time():
+    module = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4)) for _ in range(2)))
+    pipe = make_pipe(module)
+    module[1][0] = module[0][0]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="every module with parameters, and every buffer, must belong to one"):
+            pipe(torch.ones(6, 4))
