@@ -30,6 +30,10 @@ def problem(file: Path, *overrides: str) -> str:
         ("pipeline.stages=true", "pipeline.stages: should be a whole number, given true"),
         ("pipeline.checkpoint=often", "pipeline.checkpoint: should be 'always', 'except_last' or 'never' or a whole"),
         ("pipeline.devices=gpu", "pipeline.devices: 'gpu' is no device of torch"),
+        (
+            "pipeline.devices=[cpu, meta]",
+            "pipeline.devices: 'meta' holds no values to train; give 'cpu' or an accelerator",
+        ),
         ("pipeline.devices=[cpu]", "pipeline: devices has 1 entries but stages is 2"),
         ("pipeline.balance=[1, 2, 3]", "pipeline: balance has 3 entries but stages is 2"),
         ("training=", "training: should be a mapping, given null"),
@@ -37,6 +41,11 @@ def problem(file: Path, *overrides: str) -> str:
         ("training.schedule.name=cosin", "training.schedule.name: should be one of constant, linear, cosine, given"),
         ("training.schedule={}", "training.schedule.name: is required: one of constant, linear, cosine"),
         ("training.schedule.warmup=1", "training.schedule.warmup: unknown key, given 1; did you mean 'warmup_steps'?"),
+        (
+            "training.schedule.decay_steps=3",
+            "decay_steps is 3 but warmup_steps is 3; the way down ends at step decay_st",
+        ),
+        ("data={name: cifar10, path: x, std: [1, 0, 1]}", "data.std.1: should be greater than 0, given 0"),
         ("data.name=digit", "data.name: should be one of digits, coloured_digits, "),
         ("data.templtes=[a]", "data.templtes: unknown key, given [\"a\"]; did you mean 'templates'?"),
         ("data.templates=[a, 1]", "data.templates.1: should be text, given 1"),

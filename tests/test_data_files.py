@@ -142,6 +142,34 @@ def test_files_keep_their_aspect_and_lose_their_edges(tmp_path):
     assert torch.equal(images, torch.ones(2, 3, 4, 4))
 
 
+def test_grey_images_of_16_bits_keep_their_range(tmp_path):
+    grey = numpy.array([[0, 257], [32768, 65535]], dtype=numpy.uint16)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.fromarray(grey).save(tmp_path / "grey.tiff")
+    images = FileImages([tmp_path / "grey.png", tmp_path / "grey.tiff"], 2)[torch.tensor([0, 1])]
+    assert images.mul(255).tolist() == [[[[0, 1], [128, 255]]] * 3] * 2
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(numpy.int32, "I"), (numpy.float32, "F")])
+def test_images_of_unknown_range_are_refused(tmp_path, kind, mode):
+    Image.fromarray(numpy.ones((2, 2), dtype=kind)).save(tmp_path / "x.tiff")
+    images = FileImages([tmp_path / "x.tiff"], 2)
+    with pytest.raises(
+        ValueError, match=rf"x\.tiff, which cannot be decoded \(pixels of mode '{mode}' have no known ra"
+    ):
+        images[torch.tensor([0])]
+
+
+def test_an_image_of_too_many_pixels_is_named(tmp_path, monkeypatch):
+    paint(tmp_path / "bomb.png", (1, 2, 3))
+    images = FileImages([tmp_path / "bomb.png"], 2)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 11)  # more than twice as many are refused
+    with pytest.raises(
+        ValueError, match=r"expected an image file, got .*bomb\.png, which cannot be decoded \(Image size"
+    ):
+        images[torch.tensor([0])]
+
+
 def test_missing_folder_says_what_was_expected(tmp_path):
     with pytest.raises(ValueError, match=r"path: expected a folder that holds one folder of images per class.*nowhere"):
         build(name="image_folder", path=tmp_path / "nowhere")

@@ -5,12 +5,15 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional
 
 from gpipe.models.clip_prompts import IMAGENET_TEMPLATES
+from gpipe.training.data import build_data
 from gpipe.training.data_captions import CaptionedImages, CaptionsConfig, Pairs
 from gpipe.training.data_digits import ColouredDigitsConfig, DigitsConfig, coloured_digits, digits
+from gpipe.training.data_folders import ImageFolderConfig
 from gpipe.training.data_images import TensorImages
 from gpipe.training.data_text import TextWindows
 from gpipe.training.evaluate import evaluate
@@ -331,6 +334,41 @@ def test_classification():
     assert 0.94 < result["raw_pixels"]["accuracy"] < 0.99
     with pytest.raises(ValueError, match=r"logits of shape \(360, 10\) from the model, got \(360, 7\)"):
         evaluate(Constant(torch.zeros(7), dims=1), data)
+
+
+@pytest.fixture
+def dogs(tmp_path):
+    """A labelled data set of one class, where there is nothing to tell apart."""
+    (tmp_path / "dog").mkdir()
+    for i in range(10):
+        Image.new("RGB", (4, 4), (20 * i, 0, 0)).save(tmp_path / "dog" / f"{i}.png")
+
+    def read(task):
+        settings = {"name": "image_folder", "path": tmp_path, "image_size": 4, "task": task}
+        return build_data(ImageFolderConfig(**settings), seed=0)
+
+    return read
+
+
+def test_no_probe_is_fitted_to_a_single_class(dogs):
+    data = dogs("contrastive")
+    assert list(evaluate(Oracle(data), data)) == ["zero_shot", "text_to_image", "image_to_text"]
+    result = evaluate(Constant(torch.zeros(1), dims=1), dogs("classification"))
+    assert result == {"classification": {"accuracy": 1.0, "images": 2.0}}
+
+
+def test_more_than_logits_is_refused():
+    class Several(Constant):
+        def forward(self, inputs):
+            return super().forward(inputs), inputs
+
+    told = r"expected logits from the model, one tensor, got tuple: let it give them alone in eval mode"
+    data = digits(DigitsConfig(name="digits", task="classification"), seed=0)
+    with pytest.raises(TypeError, match=told):
+        evaluate(Several(torch.zeros(10), dims=1), data)
+    text = torch.zeros(100, dtype=torch.uint8)
+    with pytest.raises(TypeError, match=told):
+        evaluate(Several(torch.zeros(256), dims=2), TextWindows(text, text, 9, 0.1, seed=0))
 
 
 def test_language_model():

@@ -246,6 +246,41 @@ def test_weights_that_are_no_numbers_are_never_saved(tmp_path: Path, own: Callab
     assert not (tmp_path / "run" / "saves").exists()
 
 
+class Masked(nn.Sequential):
+    """Classifies digits; its first cell has a causal mask, as attention does."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(64, 10))
+        self[0].register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1))
+
+
+CLASSIFY = {
+    "loss": {"factory": "torch.nn.CrossEntropyLoss"},
+    "data": {"name": "digits", "task": "classification"},
+}
+
+
+def test_a_constant_that_is_infinite_is_no_weight_gone_wrong(
+    tmp_path: Path, own: Callable[[object], dict[str, str]]
+) -> None:
+    tiny_run.run(tiny_run.write(tmp_path, model=own(Masked), **CLASSIFY))
+    assert read_weights(tmp_path / "run" / "weights.safetensors")["0.mask"].isinf().sum() == 3
+
+
+def test_an_image_that_cannot_be_read_ends_the_run_in_a_line(
+    tmp_path: Path, own: Callable[[object], dict[str, str]]
+) -> None:
+    for name in ("cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(b"no image")
+    data = {"name": "image_folder", "path": str(tmp_path / "photos"), "task": "classification"}
+    file = tiny_run.write(tmp_path, model=own(Masked), **CLASSIFY | {"data": data})
+    with pytest.raises(
+        RunError, match=r"^step 1: expected an image file, got .*\.png, which cannot be decoded .*repair"
+    ):
+        tiny_run.run(file, "training.batch_size=1")
+
+
 def test_a_loss_that_is_no_scalar(tmp_path: Path, own: Callable[[object], dict[str, str]]) -> None:
     file = tiny_run.write(tmp_path, loss=own(lambda: lambda outputs, targets: outputs[0]))
     with pytest.raises(RunError, match=r"loss.factory: .* got shape \(8, 8\)"):

@@ -6,7 +6,7 @@ from torch import nn
 
 from gpipe.training.config import ConstantSchedule, DecaySchedule, OptimizerConfig
 from gpipe.training.factory import FactoryError
-from gpipe.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
+from gpipe.training.optimizer import build_optimizer, learning_rate_factor, optimizer_class, set_learning_rate
 
 
 def config(name: str, **arguments: object) -> OptimizerConfig:
@@ -47,6 +47,18 @@ def test_arguments_reach_the_optimizer() -> None:
 
 def test_an_optimizer_without_weight_decay() -> None:
     assert len(build_optimizer(config("Rprop"), parameters()).param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("refused", "told"),
+    [
+        (config("SparseAdam"), r"^optimizer.name: should be one of (?!.*SparseAdam,).*, given 'SparseAdam'"),
+        (config("SGD", differentiable=True), r"^optimizer.differentiable: .* outside autograd's graph: leave it out$"),
+    ],
+)
+def test_optimizers_that_cannot_step_here_are_refused(refused: OptimizerConfig, told: str) -> None:
+    with pytest.raises(FactoryError, match=told):
+        optimizer_class(refused)
 
 
 def test_nothing_to_train_is_refused() -> None:

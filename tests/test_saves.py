@@ -240,6 +240,23 @@ def test_leftovers_of_a_killed_run_go(tmp_path):
     assert names(tmp_path) == ["latest", "step-000000004"]
 
 
+def test_what_a_save_sweeps_is_its_own(tmp_path):
+    others = [".mine.partial", ".eval.json.1.partial", "step-000000001", "step-000000009"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    Saves(tmp_path, keep=1).write(4, linears())
+    assert names(tmp_path) == sorted(["latest", "step-000000004", *others])
+
+
+def test_a_change_of_the_working_directory_moves_no_saves(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saves = Saves("here")
+    assert saves.folder == tmp_path / "here"
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert saves.write(1, linears()) == tmp_path / "here" / "step-000000001"
+
+
 def write_and_die(folder, step, value, after):
     """Write a save, but be killed at one of the moments when something changes on the disk."""
     calls = 0
