@@ -1,9 +1,77 @@
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import tiny_run
+from filelock import FileLock
 
 from gpipe.training.errors import ConfigurationError
+
+ROOT = Path(__file__).parent.parent
+
+HOLD = """
+import sys
+from pathlib import Path
+from gpipe.training.folder import RunFolder
+from gpipe.training.reading import read_configuration
+
+configuration = read_configuration(Path(sys.argv[1]), ["training.steps=1"])
+folder = RunFolder(configuration.output)
+folder.check(configuration, sys.argv[1], resume=True)
+print("held", flush=True)
+sys.stdin.read()
+"""
+HELD = r"output: .*run is being written by another gpipe train: wait for it to end, or choose another folder: --set"
+
+
+@contextmanager
+def held_by_another(file: Path) -> Iterator[None]:
+    """Have another process be at work in the output folder, and then die by SIGKILL."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", HOLD, str(file)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        yield
+        other.kill()
+
+
+def test_two_runs_never_write_to_one_folder(tmp_path: Path) -> None:
+    file = tiny_run.write(tmp_path)
+    for again in (False, True):  # the second time a run is there, and this process wrote it
+        with held_by_another(file):
+            for resume in (False, True):
+                with pytest.raises(ConfigurationError, match=HELD):
+                    tiny_run.run(file, "training.steps=1", resume=resume)
+        tiny_run.run(file, "training.steps=1", resume=again)
+
+
+def test_who_was_refused_holds_nothing(tmp_path: Path) -> None:
+    file = tiny_run.write(tmp_path)
+    tiny_run.run(file, "training.steps=1")
+    with pytest.raises(ConfigurationError, match=r"holds a run already") as kept:
+        tiny_run.run(file)
+    tiny_run.run(file, "training.steps=1", resume=True)
+    assert kept.tb is not None, "in it the objects of the refused run live on"
+
+
+def test_a_run_that_came_and_went_before_the_lock_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tiny_run.write(tmp_path)
+    tiny_run.run(file, "training.steps=1", f"output={tmp_path / 'other'}")
+    acquire = FileLock.acquire
+
+    def late(lock: FileLock, **options: bool) -> object:
+        shutil.copytree(tmp_path / "other", tmp_path / "run", dirs_exist_ok=True)
+        return acquire(lock, **options)
+
+    monkeypatch.setattr(FileLock, "acquire", late)
+    with pytest.raises(ConfigurationError, match=r"output: .*run holds a run already"):
+        tiny_run.run(file)
 
 
 def test_steps_may_grow(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     printed = tiny_run.run(tiny_run.write(tmp_path))
     folder = tmp_path / "run"
     names = {path.name for path in folder.iterdir() if not path.name.startswith("events.out")}
-    assert names == {"config.yaml", "saves", "timeline.json", "weights.safetensors"}
+    assert names == {".lock", "config.yaml", "saves", "timeline.json", "weights.safetensors"}
     saves = sorted(path.name for path in (folder / "saves").iterdir())
     assert saves == ["latest", "step-000000008", "step-000000012"]
     found = read_weights(folder / "weights.safetensors")
@@ -214,11 +214,23 @@ def test_resuming_nothing_starts(tmp_path: Path, uninterrupted: bytes) -> None:
     assert weights(tmp_path / "run") == uninterrupted
 
 
+def test_no_other_run_writes_to_the_folder_meanwhile(
+    tmp_path: Path, own: Callable[[object], dict[str, str]], uninterrupted: bytes
+) -> None:
+    def another() -> None:
+        with pytest.raises(ConfigurationError, match=r"run is being written by another gpipe train"):
+            tiny_run.run(file, resume=True)
+
+    file = tiny_run.write(tmp_path, loss=own(at_call(2, another)))
+    tiny_run.run(file)
+    assert weights(tmp_path / "run") == uninterrupted
+
+
 def test_what_fails_at_the_first_step_leaves_no_run(tmp_path: Path) -> None:
     file = tiny_run.write(tmp_path)
     with pytest.raises(ValueError, match=r"image"):
         tiny_run.run(file, "model.arguments.image_size=4")
-    assert list((tmp_path / "run").iterdir()) == []
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     tiny_run.run(file, "training.steps=1")
 
 
@@ -318,7 +330,7 @@ def test_parts_that_do_not_fit(
 ) -> None:
     with pytest.raises(ConfigurationError, match=told):
         tiny_run.run(tiny_run.write(tmp_path, loss=own(build)))
-    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+    assert {path.name for path in (tmp_path / "run").glob("*")} <= {".lock"}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from gpipe.saving.whole_files import sweep
 from gpipe.training.config import Configuration
 from gpipe.training.errors import ConfigurationError
@@ -20,11 +22,14 @@ FREE_KEYS = frozenset(
 )
 FREE_SECTIONS = ("logging.",)
 
+_LOCK = ".lock"
 _JOB = "# Trained by the torchrun job "
 
 
 class RunFolder:
-    """Names of the files in an output folder.
+    """Names of the files in an output folder, and a lock that keeps two runs from writing to it at once.
+
+    The operating system lets go of the lock when the process that holds it ends, however it ends.
 
     Attributes:
         path: The folder itself, which holds TensorBoard's files too.
@@ -42,12 +47,15 @@ class RunFolder:
         self.weights = path / "weights.safetensors"
         self.scores = path / "eval.json"
         self.timeline = path / "timeline.json"
+        self._lock = FileLock(path / _LOCK)
         self._claimed = False
 
     def check(
         self, configuration: Configuration, source: object, resume: bool, restarted: str | None = None
     ) -> Configuration | None:
         """Make sure that a run may write here; returns the configuration of the run to resume, if there is one.
+
+        Nobody else may then write here until `release`, which is to be called after a refusal too.
 
         Args:
             configuration: Of the run that would write.
@@ -58,17 +66,10 @@ class RunFolder:
         Raises:
             ConfigurationError: If something else is here, or a run that this configuration cannot continue.
         """
-        try:
-            used = self.path.exists() and (not self.path.is_dir() or any(map(_counts, self.path.iterdir())))
-        except OSError as error:
-            raise ConfigurationError(source, [f"output: {self.path} cannot be read: {error}"]) from error
-        if not used:
-            self._create(source)
+        self._holds_a_run(source)  # what is somebody else's is refused before a lock is put there
+        self._take(source)
+        if not self._holds_a_run(source):
             return None
-        if not self.configuration.is_file():
-            raise ConfigurationError(
-                source, [f"output: {self.path} is in use, but not by gpipe; choose another: --set output=FOLDER"]
-            )
         if not resume and (restarted is None or self._job() != restarted):
             remedy = "continue it with --resume, or choose another folder: --set output=FOLDER"
             raise ConfigurationError(source, [f"output: {self.path} holds a run already; {remedy}"])
@@ -81,11 +82,33 @@ class RunFolder:
             )
         return before
 
-    def _create(self, source: object) -> None:
+    def _holds_a_run(self, source: object) -> bool:
+        try:
+            used = self.path.exists() and (not self.path.is_dir() or any(map(_counts, self.path.iterdir())))
+        except OSError as error:
+            raise ConfigurationError(source, [f"output: {self.path} cannot be read: {error}"]) from error
+        if used and not self.configuration.is_file():
+            raise ConfigurationError(
+                source, [f"output: {self.path} is in use, but not by gpipe; choose another: --set output=FOLDER"]
+            )
+        return used
+
+    def _take(self, source: object) -> None:
+        """Create the folder if need be, and lock it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
+            remedy = "wait for it to end, or choose another folder: --set output=FOLDER"
+            raise ConfigurationError(
+                source, [f"output: {self.path} is being written by another gpipe train: {remedy}"]
+            ) from error
         except OSError as error:
-            raise ConfigurationError(source, [f"output: {self.path} cannot be created: {error}"]) from error
+            raise ConfigurationError(source, [f"output: {self.path} cannot be created or locked: {error}"]) from error
+
+    def release(self) -> None:
+        """Let others write here, if this process kept them from it."""
+        self._lock.release()
 
     def claim(self, configuration: Configuration, source: object, job: str | None = None) -> None:
         """Copy the configuration in, once: from here on the folder belongs to the run.
@@ -113,8 +136,8 @@ class RunFolder:
 
 
 def _counts(path: Path) -> bool:
-    """Whether a file in the folder is somebody's: not one that a killed process left half written."""
-    return not (path.name.startswith(".") and path.name.endswith(".partial"))
+    """Whether a file in the folder is somebody's: not a lock, nor what a killed process left half written."""
+    return path.name != _LOCK and not (path.name.startswith(".") and path.name.endswith(".partial"))
 
 
 def _differences(before: Configuration, now: Configuration) -> Iterator[str]:

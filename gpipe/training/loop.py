@@ -48,6 +48,13 @@ def train(
     """
     world = world or World()
     folder = RunFolder(plan.configuration.output)
+    try:
+        return _train(plan, console, world, folder, resume, resume_command)
+    finally:
+        folder.release()
+
+
+def _train(plan: Plan, console: Console, world: World, folder: RunFolder, resume: bool, resume_command: str) -> Path:
     restarted = world.job if world.restarted else None
     before = world.led(lambda: folder.check(plan.configuration, plan.source, resume, restarted))
     job = build(plan, world)
