@@ -190,6 +190,17 @@ def test_eval_of_a_run_that_is_not_finished(finished: Path, tmp_path: Path) -> N
     assert "has no weights.safetensors: the run is not finished" in result.stderr
 
 
+def test_eval_of_a_run_that_was_to_be_longer_and_was_stopped(tmp_path: Path) -> None:
+    file = own_run(tmp_path)
+    ended = gpipe_command("train", file.name, "--set", "training.steps=4", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    stopped = gpipe_command("train", file.name, "--resume", cwd=tmp_path, AT_STEP=2, SIGNAL=int(signal.SIGINT))
+    assert "stopped after step 6 of 12" in stopped.stderr
+    judged = gpipe_command("eval", "run", cwd=tmp_path)
+    assert judged.returncode == 1
+    assert "has no weights.safetensors: the run is not finished" in judged.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

@@ -83,6 +83,27 @@ def test_steps_may_grow(tmp_path: Path) -> None:
         tiny_run.run(file, "training.steps=5", resume=True)
 
 
+def test_what_a_shorter_run_gave_is_kept_beside_the_longer_one(tmp_path: Path) -> None:
+    file, folder = tiny_run.write(tmp_path), tmp_path / "run"
+
+    def found() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for name in ("weights*", "eval*") for path in folder.glob(name)}
+
+    tiny_run.run(file, "training.steps=5")
+    (folder / "eval.json").write_text("of step 5")
+    ended = found()
+    assert ended.keys() == {"weights.safetensors", "eval.json"}
+    tiny_run.run(file, "training.steps=5", resume=True)
+    assert found() == ended, "nothing was left to do"
+    tiny_run.run(file, resume=True)
+    after = found()
+    assert after.pop("weights.safetensors") != ended["weights.safetensors"]
+    assert after == {
+        "weights-step-000000005.safetensors": ended["weights.safetensors"],
+        "eval-step-000000005.json": ended["eval.json"],
+    }
+
+
 @pytest.mark.parametrize(
     ("override", "told"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ class RunFolder:
         configuration: ``config.yaml``, every default written out.
         saves: The folder of the saves.
         weights: ``weights.safetensors``, written at the end.
-        scores: ``eval.json``, written by ``gpipe eval``.
+        scores: ``eval.json``, written by ``gpipe eval``. When a run that had ended goes on to more steps, both are
+            kept under the number of steps they are of, such as ``weights-step-000001000.safetensors``.
         timeline: ``timeline.json``, who was busy when in the last step; https://ui.perfetto.dev opens it.
     """
 
@@ -49,6 +51,7 @@ class RunFolder:
         self.timeline = path / "timeline.json"
         self._lock = FileLock(path / _LOCK)
         self._claimed = False
+        self._before: Configuration | None = None
 
     def check(
         self, configuration: Configuration, source: object, resume: bool, restarted: str | None = None
@@ -80,6 +83,7 @@ class RunFolder:
                 "with --set output=FOLDER)",
                 problems,
             )
+        self._before = before
         return before
 
     def _holds_a_run(self, source: object) -> bool:
@@ -123,10 +127,18 @@ class RunFolder:
         self._claimed = True
         for path in (self.configuration, self.weights, self.timeline):
             sweep(path)
+        if self._before is not None and self._before.training.steps < configuration.training.steps:
+            self._set_aside(self._before.training.steps)
         head = f"# What {source} and --set said, with every default.\n"
         if job is not None:
             head += f"{_JOB}{job}\n"
         write_text(self.configuration, f"{head}{dump(configuration)}")
+
+    def _set_aside(self, steps: int) -> None:
+        """Rename what is of a run that had ended after ``steps``, so that it is not taken for the longer one's."""
+        for path in (self.weights, self.scores):
+            with suppress(FileNotFoundError):
+                path.replace(path.with_stem(f"{path.stem}-step-{steps:09d}"))
 
     def _job(self) -> str | None:
         """The job that claimed the folder last, if it may be started again."""
