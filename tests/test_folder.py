@@ -153,7 +153,10 @@ def test_what_killed_processes_left_half_written_goes(tmp_path: Path) -> None:
     file = tiny_run.write(tmp_path)
     folder = tmp_path / "run"
     folder.mkdir()
-    left = [folder / f".{name}.12345.partial" for name in ("config.yaml", "weights.safetensors", "timeline.json")]
+    left = [
+        folder / f".{name}.12345.partial"
+        for name in ("config.yaml", "data.txt", "weights.safetensors", "timeline.json")
+    ]
     others = folder / ".eval.json.12345.partial"  # gpipe eval may be writing it
     for path in (*left, others):
         path.write_text("half")

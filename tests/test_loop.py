@@ -77,7 +77,7 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     printed = tiny_run.run(tiny_run.write(tmp_path))
     folder = tmp_path / "run"
     names = {path.name for path in folder.iterdir() if not path.name.startswith("events.out")}
-    assert names == {".lock", "config.yaml", "saves", "timeline.json", "weights.safetensors"}
+    assert names == {".lock", "config.yaml", "data.txt", "saves", "timeline.json", "weights.safetensors"}
     saves = sorted(path.name for path in (folder / "saves").iterdir())
     assert saves == ["latest", "step-000000008", "step-000000012"]
     found = read_weights(folder / "weights.safetensors")

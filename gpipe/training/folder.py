@@ -12,6 +12,8 @@ from filelock import FileLock, Timeout
 
 from gpipe.saving.whole_files import sweep
 from gpipe.training.config import Configuration
+from gpipe.training.data import Data
+from gpipe.training.data_digest import digest
 from gpipe.training.errors import ConfigurationError
 from gpipe.training.problems import shown
 from gpipe.training.reading import dump, read_configuration
@@ -35,6 +37,7 @@ class RunFolder:
     Attributes:
         path: The folder itself, which holds TensorBoard's files too.
         configuration: ``config.yaml``, every default written out.
+        data: ``data.txt``, what tells whether the training data are still the same.
         saves: The folder of the saves.
         weights: ``weights.safetensors``, written at the end.
         scores: ``eval.json``, written by ``gpipe eval``. When a run that had ended goes on to more steps, both are
@@ -45,6 +48,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.configuration = path / "config.yaml"
+        self.data = path / "data.txt"
         self.saves = path / "saves"
         self.weights = path / "weights.safetensors"
         self.scores = path / "eval.json"
@@ -52,6 +56,7 @@ class RunFolder:
         self._lock = FileLock(path / _LOCK)
         self._claimed = False
         self._before: Configuration | None = None
+        self._digest: str | None = None
 
     def check(
         self, configuration: Configuration, source: object, resume: bool, restarted: str | None = None
@@ -114,8 +119,25 @@ class RunFolder:
         """Let others write here, if this process kept them from it."""
         self._lock.release()
 
+    def check_data(self, data: Data, source: object) -> None:
+        """Make sure that the data are those of the run that is here, if one is.
+
+        Raises:
+            ConfigurationError: If the training part has changed: what is held out may then have been trained on.
+        """
+        self._digest = digest(data)
+        if not self.data.is_file():
+            return
+        then = self.data.read_text(encoding="utf-8", errors="replace").strip()
+        if then != self._digest:
+            problem = f"data: are not those that {self.path} was trained on ({then}; now {self._digest})"
+            remedy = "restore them, or start a new run with --set output=FOLDER"
+            raise ConfigurationError(
+                source, [f"{problem}, and what is held out now may have been trained on: {remedy}"]
+            )
+
     def claim(self, configuration: Configuration, source: object, job: str | None = None) -> None:
-        """Copy the configuration in, once: from here on the folder belongs to the run.
+        """Copy the configuration in, and what `check_data` found, once: the folder belongs to the run from here on.
 
         Args:
             configuration: Of the run.
@@ -124,8 +146,9 @@ class RunFolder:
         """
         if self._claimed:
             return
+        assert self._digest is not None, "check_data comes first"
         self._claimed = True
-        for path in (self.configuration, self.weights, self.timeline):
+        for path in (self.configuration, self.data, self.weights, self.timeline):
             sweep(path)
         if self._before is not None and self._before.training.steps < configuration.training.steps:
             self._set_aside(self._before.training.steps)
@@ -133,6 +156,7 @@ class RunFolder:
         if job is not None:
             head += f"{_JOB}{job}\n"
         write_text(self.configuration, f"{head}{dump(configuration)}")
+        write_text(self.data, f"{self._digest}\n")
 
     def _set_aside(self, steps: int) -> None:
         """Rename what is of a run that had ended after ``steps``, so that it is not taken for the longer one's."""

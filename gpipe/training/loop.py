@@ -58,6 +58,7 @@ def _train(plan: Plan, console: Console, world: World, folder: RunFolder, resume
     restarted = world.job if world.restarted else None
     before = world.led(lambda: folder.check(plan.configuration, plan.source, resume, restarted))
     job = build(plan, world)
+    world.led(lambda: folder.check_data(job.data, plan.source))
     say = partial(tell, console) if world.leads else _say_nothing
     say(_described(job))
     trainer = Trainer(job, folder.saves)

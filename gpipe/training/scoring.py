@@ -34,7 +34,8 @@ def score(
         the scores by task and measure, and the file they were written to.
 
     Raises:
-        ConfigurationError: If the folder is no run's, or its configuration cannot be built here.
+        ConfigurationError: If the folder is no run's, its configuration cannot be built here, or the training data
+            have changed since.
         RunError: If there are no weights, they do not fit, or the data cannot be evaluated.
     """
     folder = RunFolder(path)
@@ -52,7 +53,9 @@ def score(
     _load(model, set(loss_state(loss)), read_weights(folder.weights), folder.weights)
     _move(model, device)
     try:
-        scores = evaluate(model, build_run_data(plan), batch_size=batch_size)
+        data = build_run_data(plan)
+        folder.check_data(data, folder.configuration)
+        scores = evaluate(model, data, batch_size=batch_size)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise RunError(f"{path} cannot be evaluated: {error}") from error
     target = json_file or folder.scores
