@@ -4,27 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from gpipe.partitioning.cells import Cell
 
+T = TypeVar("T")
+
 _OWN = {"step", "recording", "metered"}  # set again in every mini-batch
 
 
-def entry(registry: Mapping[str, Tensor | None], name: str) -> Tensor | None:
-    """A parameter or buffer of a module; None where there is none. ``ScriptModule``'s registries have no ``get``."""
+def entry(registry: Mapping[str, T | None], name: str) -> T | None:
+    """A parameter, buffer or child of a module; None where there is none. ``ScriptModule``'s have no ``get``."""
     return registry[name] if name in registry else None
 
 
 def switched(module: nn.Module, cells: Iterable[Cell], mode: bool) -> None:
     """Set training mode on a module, in the way of its own if it has one, and on cells that are no part of it."""
-    module.train(mode)
     inside = set(module.modules())
     for _, cell in cells:
         if cell not in inside:
             cell.train(mode)
+    module.train(mode)  # last: it has the say over what such cells share with it
 
 
 @contextmanager

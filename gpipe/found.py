@@ -53,7 +53,7 @@ class Found:
             for p, flag in trained.items():
                 p.requires_grad_(flag)
             for (m, name), now in parameters.items():
-                m._parameters[name] = now  # type: ignore[assignment]  # what stood there
+                m._parameters[name] = now
 
     def _identified(self) -> list[tuple[int, int]]:
         return [(version(p), address(p)) for p in self._parameters.values()]

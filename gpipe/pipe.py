@@ -15,7 +15,7 @@ from gpipe import batchnorm
 from gpipe.autograd import attach
 from gpipe.balancing import MemoryLimit, planned
 from gpipe.boundary import Boundary
-from gpipe.cells import links, refuse_hooks, registries, shared_buffers, switched
+from gpipe.cells import entry, links, refuse_hooks, registries, shared_buffers, switched
 from gpipe.choosing import AnySchedule, chosen
 from gpipe.context import autocast_off, refuse_transforms
 from gpipe.gradients import trainable
@@ -314,7 +314,7 @@ class GPipe(nn.Module):
     ) -> MiniBatch:
         module = vars(self)["module"]
         others = isinstance(module, nn.Sequential) and list(module._modules.values()) != [c for _, c in self._cells]
-        if others or any(parent._modules.get(name) is not part for part, (parent, name) in self._links.items()):
+        if others or any(entry(parent._modules, name) is not part for part, (parent, name) in self._links.items()):
             raise RuntimeError("the wrapped module's cells were replaced after wrapping: wrap the module again")
         if self._workers is None or not self._workers.usable():
             self._workers = workers_for(len(self._stages), self._intra_op_threads)

@@ -7,6 +7,7 @@ same for every division into stages.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -75,18 +76,20 @@ class Ties:
         Raises:
             ValueError: As ``tied_parameters``.
         """
-        if list(map(id, self._held())) != self._seen:
+        held = self._held()
+        same = len(held) == len(self._seen) and all(a() is b for a, b in zip(self._seen, held, strict=True))
+        if not same:
             self._find()
         return self._tied
 
     def _find(self) -> None:
         self._tied = tied_parameters(self._stages)
         self._modules = list(dict.fromkeys(m for cells in self._stages for _, cell in cells for m in cell.modules()))
-        self._alive = self._held()  # or another thing might come to have the identity of one
-        self._seen = list(map(id, self._alive))
+        self._seen = [weakref.ref(thing) for thing in self._held()]
 
     def _held(self) -> list[object]:
-        return [thing for m in self._modules for thing in (*m._parameters.values(), *m._modules.values())]
+        things = (thing for m in self._modules for thing in (*m._parameters.values(), *m._modules.values()))
+        return [thing for thing in things if thing is not None]
 
 
 def _add(groups: list[list[Place]], places: list[Place]) -> None:

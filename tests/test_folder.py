@@ -1,3 +1,4 @@
+import errno
 import os
 import shutil
 import subprocess
@@ -163,3 +164,13 @@ def test_what_killed_processes_left_half_written_goes(tmp_path: Path) -> None:
     tiny_run.run(file, "training.steps=1")
     assert not any(path.exists() for path in left)
     assert others.exists()
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    file = tiny_run.write(tmp_path)
+    with pytest.warns(UserWarning, match="run cannot be locked .*No locks available.*: see that no other run writes"):
+        tiny_run.run(file, "training.steps=1")

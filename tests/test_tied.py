@@ -1,6 +1,8 @@
 """Parameters that cells of several stages share."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -178,3 +180,14 @@ def test_a_module_shared_by_two_stages_after_wrapping_is_refused_each_time():
     for _ in range(2):
         with pytest.raises(ValueError, match="every module with parameters, and every buffer, must belong to one"):
             pipe(torch.ones(6, 4))
+
+
+def test_weights_lent_for_a_call_are_not_kept():
+    pipe = make_pipe(nn.Sequential(*(nn.Linear(4, 4) for _ in range(2))))
+    lent = {name: p.detach().clone() for name, p in pipe.named_parameters()}
+    seen = [weakref.ref(value) for value in lent.values()]
+    with torch.no_grad():
+        torch.func.functional_call(pipe, lent, (torch.ones(6, 4),))
+    del lent
+    gc.collect()
+    assert not any(ref() is not None for ref in seen)

@@ -621,6 +621,41 @@ def test_a_module_has_a_training_mode_of_its_own():
     assert [m.training for m in module] == [True, False, True]
 
 
+class FrozenInside(nn.Module):
+    """Batch norm stays in eval mode, in a cell made anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
+
+    def cells(self):
+        return [nn.Sequential(self.first, self.norm), self.last]
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+
+def test_a_training_mode_of_its_own_reaches_cells_made_anew():
+    module = FrozenInside()
+    pipe = make_pipe(module)
+    pipe.eval()
+    pipe.train()
+    assert [module.first.training, module.norm.training, module.last.training] == [True, False, True]
+
+
+class ScriptedInside(nn.Module):
+    """Its cells are children of a scripted module."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.jit.script(linears())
+
+    def cells(self):
+        return list(self.blocks.children())
+
+
 # A recompute trained what was frozen while the forward ran: a generator's step past its discriminator.
 @every_keep
 def test_parameters_thawed_between_forward_and_backward(keep):
@@ -652,16 +687,17 @@ def test_hooks_of_the_whole_module_run_in_train_step_or_are_refused(register):
 
 
 @every_keep
-def test_scripted_cells(keep):
+@pytest.mark.parametrize("inside", [True, False])
+def test_scripted_cells(keep, inside):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is deprecated
-        module = nn.Sequential(*(torch.jit.script(nn.Linear(4, 4)) for _ in range(3)))
+        module = ScriptedInside() if inside else nn.Sequential(*(torch.jit.script(nn.Linear(4, 4)) for _ in range(3)))
     pipe = make_pipe(module, checkpoint=keep)
     x = torch.randn(6, 4)
     pipe(x).square().sum().backward()
     found = gradients(module)
     module.zero_grad()
-    module(x).square().sum().backward()
+    (module.blocks if inside else module)(x).square().sum().backward()
     for name, value in gradients(module).items():
         torch.testing.assert_close(found[name], value)
 

@@ -26,7 +26,7 @@ def digest(data: Data) -> str:
         TypeError: If the data set is of another kind.
     """
     words, values = _training_part(data)
-    checksum = hashlib.sha256("\0".join(words).encode(errors="surrogateescape"))
+    checksum = hashlib.sha256("\0".join(words).encode(errors="surrogatepass"))
     checksum.update(values.contiguous().numpy().data)
     return f"{data.rows} training rows, checksum {checksum.hexdigest()[:16]}"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
@@ -26,6 +28,7 @@ FREE_KEYS = frozenset(
 FREE_SECTIONS = ("logging.",)
 
 _LOCK = ".lock"
+_NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # of file systems without
 _JOB = "# Trained by the torchrun job "
 
 
@@ -113,7 +116,10 @@ class RunFolder:
                 source, [f"output: {self.path} is being written by another gpipe train: {remedy}"]
             ) from error
         except OSError as error:
-            raise ConfigurationError(source, [f"output: {self.path} cannot be created or locked: {error}"]) from error
+            if error.errno not in _NO_LOCKS:
+                message = f"output: {self.path} cannot be created or locked: {error}"
+                raise ConfigurationError(source, [message]) from error
+            warnings.warn(f"{self.path} cannot be locked ({error}): see that no other run writes there", stacklevel=2)
 
     def release(self) -> None:
         """Let others write here, if this process kept them from it."""
