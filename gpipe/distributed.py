@@ -141,7 +141,7 @@ class DistributedGPipe(SliceModule):
 
         Raises:
             OtherRankFailed: Another rank failed; the message says which, where and why. RankLost: It cannot be reached.
-            RuntimeError: The pipe is broken by an earlier failure.
+            RuntimeError: The pipe is broken by an earlier failure, or the wrapped module has forward or backward hooks.
             BaseException: What a cell of this rank raised, with a note naming stage, cell, micro-batch and action.
         """
         with self._calls.running(self.step) as transport:

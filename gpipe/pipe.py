@@ -170,6 +170,9 @@ class GPipe(nn.Module):
 
         Raises:
             TypeError, ValueError: An argument is not what is described here; the message says what to do.
+            RuntimeError: Gradients are off; the wrapped module has forward or backward hooks of its own, which only the
+                default way runs; or a cell or ``loss_fn`` calls the pipe within its own mini-batch.
+            BaseException: What a cell raised, as for ``forward``.
         """
         if loss_over not in ("mini_batch", "micro_batch"):
             raise ValueError(f"loss_over must be 'mini_batch' or 'micro_batch', got {loss_over!r}")

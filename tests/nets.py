@@ -145,3 +145,28 @@ class Island(nn.Module):
     def forward(self, x):
         with torch.autocast("cpu", enabled=False):
             return self.linear(x.float())
+
+
+class FrozenNorms(nn.Sequential):
+    """Batch norm stays in eval mode, by a ``train`` of its own."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                module.eval()
+        return self
+
+
+class Shifted(nn.Module):
+    """Its cells are made anew, and share its buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("shift", torch.linspace(0, 1, 4))
+
+    def cells(self):
+        shift = Apply(lambda x, part: x + part.shift, nn.Module())
+        shift.parts[0].register_buffer("shift", self.shift)
+        return [self.linear, shift]

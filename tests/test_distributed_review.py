@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from nets import Apply, assert_same, gradients
+from nets import FrozenNorms, Shifted, assert_same, gradients
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from worlds import World
@@ -195,17 +195,8 @@ def test_sparse_gradients_of_replicas_are_refused(two):
         assert "replicas average dense gradients, but that of a parameter of shape (5, 4) is sparse" in raised.message
 
 
-class FrozenNorms(nn.Sequential):
-    def train(self, mode=True):
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.eval()
-        return self
-
-
 def trained_by_itself(rank):
-    pipe = DistributedGPipe(FrozenNorms(nn.Linear(4, 4), nn.LayerNorm(4)), chunks=1, loss_fn=squared)
+    pipe = DistributedGPipe(FrozenNorms(nn.Linear(4, 4), nn.BatchNorm1d(4)), chunks=1, loss_fn=squared)
     pipe.train()
     return pipe.training, [module.training for module in pipe.children()]
 
@@ -226,20 +217,6 @@ def hooked(rank):
 # They were passed over without a word.
 def test_hooks_of_the_whole_module_are_refused(two):
     two.values(hooked)
-
-
-class Shifted(nn.Module):
-    """Its cells are made anew, and share its buffer."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.register_buffer("shift", torch.linspace(0, 1, 4))
-
-    def cells(self):
-        shift = Apply(lambda x, part: x + part.shift, nn.Module())
-        shift.parts[0].register_buffer("shift", self.shift)
-        return [self.linear, shift]
 
 
 def cast(rank):

@@ -10,7 +10,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from nets import Apply, assert_same, gradients, linears, make_pipe
+from nets import Apply, Shifted, assert_same, gradients, linears, make_pipe
 from torch import nn
 
 from gpipe import GPipe
@@ -262,20 +262,6 @@ def test_a_cell_or_what_holds_it_may_not_be_replaced(balance):
         replace(tower)
         with pytest.raises(RuntimeError, match="replaced after wrapping: wrap the module again"):
             pipe(torch.ones(6, 4))
-
-
-class Shifted(nn.Module):
-    """Its cells are made anew, and share its buffer."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.register_buffer("shift", torch.linspace(0, 1, 4))
-
-    def cells(self):
-        shift = Apply(lambda x, part: x + part.shift, nn.Module())
-        shift.parts[0].register_buffer("shift", self.shift)
-        return [self.linear, shift]
 
 
 # A cast reached the module's buffer alone, and what was loaded after it no cell.

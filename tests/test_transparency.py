@@ -11,6 +11,7 @@ import torch
 from nets import (
     KEEPS,
     Apply,
+    FrozenNorms,
     Island,
     PlainLoop,
     assert_as_plain,
@@ -599,17 +600,6 @@ def test_a_pipe_inside_a_module():
     other = Whole()
     other.load_state_dict(whole.state_dict())
     assert_same(other.state_dict(), whole.state_dict())
-
-
-class FrozenNorms(nn.Sequential):
-    """Batch norm stays in eval mode."""
-
-    def train(self, mode=True):
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm1d):
-                module.eval()
-        return self
 
 
 def test_a_module_has_a_training_mode_of_its_own():
