@@ -9,6 +9,8 @@ import traceback
 import torch
 import torch.distributed as dist
 
+from gpipe.testing import accelerators
+
 
 class World:
     """A torch.distributed world on this machine; with ``hosts``, in namespaces of it, one a rank."""
@@ -82,6 +84,8 @@ class Raised:
 
 def _serve(rank, ranks, address, pipe, backend, host):
     torch.set_num_threads(1)
+    if accelerators.COUNT in os.environ:  # set where this process's parent has simulated accelerators
+        accelerators.start(int(os.environ[accelerators.COUNT]))
     if host is not None:
         host.enter()
     # otherwise looks this machine's name up, which may take 5 seconds
