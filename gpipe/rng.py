@@ -4,6 +4,9 @@ Before a cell runs, its generator is seeded; a recompute seeds the same, so noth
 share one default generator, and sharing it races; there a dispatch mode, which is per thread, hands every random
 operator a generator of the thread's own. The mode costs microseconds per operator, so a cell runs under it only where
 it may draw: always on the first micro-batch of a mini-batch, later only if it drew then or ever before.
+
+An accelerator that one stage has to itself needs no mode for draws on it: its default generator is seeded, and how far
+that has come tells whether a cell drew.
 """
 
 from __future__ import annotations
@@ -12,10 +15,10 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -25,6 +28,9 @@ from torch.utils._pytree import tree_leaves
 from gpipe.partitioning.mode import ThreadMode
 
 _MASK = (1 << 64) - 1
+
+
+_CPU = torch.device("cpu")
 
 
 def cell_seed(seed: int, step: int, micro_batch: int, cell: int) -> int:
@@ -187,7 +193,10 @@ def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
     for value in tree_leaves((args, kwargs)):
         if isinstance(value, Tensor):
             return value.device
-    return torch.device(kwargs.get("device") or "cpu")
+    device = torch.device(kwargs.get("device") or "cpu")
+    if device.type == "cpu" or device.index is not None:
+        return device
+    return torch.device(device.type, torch.accelerator.current_device_index())
 
 
 def _inside_torch_checkpoint() -> bool:
@@ -204,7 +213,7 @@ _default_generator_lock = threading.Lock()
 
 def _with_default(generator: Generator, run: Callable[[], Any]) -> Any:
     """Run an operator that draws from its device's default generator only, with ``generator``'s state in it."""
-    default = _default_generator(generator.device)
+    default = _default_of(generator.device)
     with _default_generator_lock:
         callers = default.get_state()
         default.set_state(generator.get_state())
@@ -215,17 +224,92 @@ def _with_default(generator: Generator, run: Callable[[], Any]) -> Any:
             default.set_state(callers)
 
 
-def _default_state() -> Tensor:
-    with _default_generator_lock:  # no other stage's draws are in it
-        return torch.default_generator.get_state()
+class _Default(Protocol):
+    """What operators draw from that are given no generator."""
+
+    def get_state(self) -> Tensor: ...
+
+    def set_state(self, state: Tensor, /) -> Any: ...
 
 
-def _default_generator(device: torch.device) -> Generator:
+class _OnlyState:
+    """The default generator of a device that gives out its state but not itself, as MPS does."""
+
+    def __init__(self, device: torch.device) -> None:
+        module = torch.get_device_module(device)
+        self.get_state: Callable[[], Tensor] = module.get_rng_state
+        self.set_state: Callable[[Tensor], Any] = module.set_rng_state
+
+
+def _default_of(device: torch.device) -> _Default:
+    return _default_generator(device) or _OnlyState(device)
+
+
+def _default_generator(device: torch.device) -> Generator | None:
+    """The default generator of a device, None where torch does not give it out."""
     if device.type == "cpu":
         return torch.default_generator
+    module = torch.get_device_module(device)
+    if not hasattr(module, "default_generators"):
+        return None
+    if not module.default_generators:  # as CUDA's and XPU's before they are first used
+        module.init()
     index = torch.accelerator.current_device_index() if device.index is None else device.index
-    generator: Generator = torch.get_device_module(device).default_generators[index]
+    generator: Generator = module.default_generators[index]
     return generator
+
+
+class _Own:
+    """The default generator of an accelerator that one stage has to itself."""
+
+    def __init__(self, generator: Generator) -> None:
+        self._generator = generator
+        self._position = _offset if _offset_tells(generator.device) else _state
+        self._left: object = None
+        self.strayed = False
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Leave it inside as it was before; ``strayed`` then tells of draws outside the cells it was seeded for."""
+        before = self._generator.get_state()
+        self.strayed, self._left = False, self._position(self._generator)
+        try:
+            yield
+            self.strayed |= self.moved()
+        finally:
+            self._generator.set_state(before)
+
+    def seed(self, seed: int) -> None:
+        """Begin a cell's draws."""
+        self.strayed |= self.moved()
+        self._generator.manual_seed(seed)
+        self._left = self._position(self._generator)
+
+    def moved(self) -> bool:
+        """Whether there were draws since it was seeded, or since this was asked."""
+        before, self._left = self._left, self._position(self._generator)
+        return before != self._left
+
+
+def _offset(generator: Generator) -> int:
+    """How many numbers a counting generator (Philox) has given since it was seeded: read at no cost."""
+    return generator.get_offset()
+
+
+def _state(generator: Generator) -> bytes:
+    return generator.get_state().numpy().tobytes()
+
+
+@cache
+def _offset_tells(device: torch.device) -> bool:
+    """Whether draws on a device move their generator's offset; tried, as not all generators have one."""
+    generator = Generator(device)
+    try:
+        before = generator.get_offset()
+        torch.empty(1, device=device).uniform_(generator=generator)
+        return generator.get_offset() != before
+    except (RuntimeError, NotImplementedError):
+        return False
 
 
 class Draws:
@@ -233,18 +317,24 @@ class Draws:
 
     Args:
         cells: Number of cells of the stage.
-        own: An accelerator no other stage uses. Its default generator is seeded before every cell, whether it draws or
-            not; the mode is then for draws on other devices only.
+        device: Where it is.
+        alone: Whether no other stage is there. An accelerator's default generator then serves its draws there, and the
+            mode is for draws on other devices only.
     """
 
-    def __init__(self, cells: int, own: torch.device | None = None) -> None:
-        self._drawing = [False] * cells
-        self._own = None if own is None else _default_generator(own)
-        self._mode = CellGenerators(own)
+    def __init__(self, cells: int, device: torch.device = _CPU, alone: bool = False) -> None:
+        self._drawing = [False] * cells  # under the mode
+        self._seeding = [False] * cells  # from the default generator of the stage's own accelerator
+        self._watched = dict.fromkeys((_CPU, device))  # where draws that went past the mode would show
+        self._own: _Own | None = None
+        if alone and device.type != "cpu" and (generator := _default_generator(device)) is not None:
+            self._own = _Own(generator)
+            del self._watched[device]
+        self._mode = CellGenerators(None if self._own is None else device)
 
     def may_draw(self, cell: int) -> bool:
         """Whether cell number ``cell``, observed before, needs a scope of its own."""
-        return self._own is not None or self._drawing[cell]
+        return self._drawing[cell] or self._seeding[cell]
 
     @contextmanager
     def cell(self, cell: int, seed: int, observe: bool, brought: Brought, again: bool) -> Iterator[None]:
@@ -252,27 +342,31 @@ class Draws:
 
         ``brought`` and ``again`` are for the generators the cell brings, see ``CellGenerators.running``.
         """
-        if self._own is not None:
-            self._own.manual_seed(seed)
-        if not (observe or self._drawing[cell]):
+        own = self._own if observe or self._seeding[cell] else None
+        if own is not None:
+            own.seed(seed)
+        if observe or self._drawing[cell]:
+            with self._mode.running(seed, brought, again):
+                yield
+            self._drawing[cell] |= self._mode.drew
+        else:
             yield
-            return
-        with self._mode.running(seed, brought, again):
-            yield
-        self._drawing[cell] |= self._mode.drew
+        if own is not None:
+            self._seeding[cell] |= own.moved()
 
     @contextmanager
     def guard(self, stage: str) -> Iterator[None]:
-        """Leave the default generators as they were, and notice draws that went past the mode."""
-        before = _default_state()
-        own = None if self._own is None else self._own.get_state()
-        try:
+        """Leave the default generators as they were, and notice draws that went past the scopes."""
+        before = self._states()
+        with nullcontext() if self._own is None else self._own.kept():
             yield
-        finally:
-            if self._own is not None and own is not None:
-                self._own.set_state(own)
-        if not all(self._drawing) and not torch.equal(before, _default_state()):
+        past_mode = not all(self._drawing) and not all(map(torch.equal, before, self._states()))
+        if past_mode:
             self._drawing = [True] * len(self._drawing)
+        strayed = self._own is not None and self._own.strayed and not all(self._seeding)
+        if strayed:
+            self._seeding = [True] * len(self._seeding)
+        if past_mode or strayed:
             warnings.warn(
                 f"torch's default generator moved while {stage} ran: either another thread of yours draws from it, or "
                 "a cell drew random numbers in backward, or on this micro-batch and not on the first. If a cell did, "
@@ -280,3 +374,7 @@ class Draws:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+    def _states(self) -> list[Tensor]:
+        with _default_generator_lock:  # no other stage's draws are in them
+            return [_default_of(device).get_state() for device in self._watched]

@@ -63,7 +63,7 @@ class Stage:
         self.first_cell = first_cell
         self.device = device
         self.ways = ways
-        self.draws = Draws(len(cells) + 1, device if alone and device.type != "cpu" else None)
+        self.draws = Draws(len(cells) + 1, device, alone)
         self.buffers = ChangingBuffers()
         self._warned = False
 
