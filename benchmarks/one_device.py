@@ -8,89 +8,25 @@ Torchgpipe runs where it is installed. ``--device cpu --size tiny`` shows that i
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
-from torch import nn
 
-import gpipe
 from benchmarks import harness
 from benchmarks.bars import bars
-from benchmarks.contenders import accumulate
 from benchmarks.flat import FlatCell
 from benchmarks.harness import Result, Samples, interleave, ratio, report, steady
 from benchmarks.match import missing_note, parser
 from benchmarks.memory import MEGA
-from benchmarks.models import NETS, Net, moved
+from benchmarks.models import NETS
 from benchmarks.peers import missing, sharing_torchgpipe
-from benchmarks.slices import checkpointed
+from benchmarks.sharing import PRECISIONS, Setting, Step, piped, plain
 
 QUESTION = "On one accelerator, what do stages that share it cost against plain PyTorch with the same micro-batches?"
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Step = Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all contenders on one model have in common."""
-
-    net: Net
-    chunks: int
-    device: torch.device
-    dtype: torch.dtype
-
-    @cached_property
-    def batch(self) -> tuple[Any, Any]:
-        """Inputs and targets on the device."""
-        inputs, targets = self.net.batch()
-        return moved(inputs, self.device), moved(targets, self.device)
-
-    def autocast(self) -> torch.autocast:
-        """Autocast where the precision is bfloat16: a context, and a decorator."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
-
-    def autocasting(self, modules: Iterable[nn.Module]) -> None:
-        """Let these modules autocast in forward, in whatever thread that runs."""
-        for module in modules:
-            module.forward = self.autocast()(module.forward)
-
-    def made(self) -> tuple[nn.Module, nn.Module]:
-        """Model and loss on the device."""
-        module, loss = self.net.made()
-        return module.to(self.device), loss.to(self.device)
-
-
-def plain(setting: Setting, recompute: bool) -> Step:
-    """The loop over the micro-batches, each cell in torch.utils.checkpoint or none."""
-    module, loss = checkpointed(setting.net, setting.chunks, setting.device) if recompute else setting.made()
-    setting.autocasting([module, loss])
-    run = accumulate(module, *setting.batch, setting.chunks, loss)
-
-    def step() -> None:
-        loss.zero_grad()
-        run()
-
-    return step
-
-
-def piped(setting: Setting, stages: int, schedule: str, checkpoint: str) -> Step:
-    """Our pipe, all of its stages on the device."""
-    module, loss = setting.made()
-    x, y = setting.batch
-    options = {"devices": [setting.device] * stages, "chunks": setting.chunks, "checkpoint": checkpoint}
-    pipe = gpipe.GPipe(module, **options, sample=x if stages > 1 else None)
-
-    def step() -> None:
-        pipe.zero_grad()
-        loss.zero_grad()
-        with setting.autocast():
-            pipe.train_step(x, y, loss, loss_over="micro_batch", schedule=schedule)
-
-    return step
 
 
 def torchgpipe(setting: Setting, stages: int, checkpoint: str) -> Step:
