@@ -89,13 +89,14 @@ class Boundary:
 
     def copy(self) -> Boundary:
         """The same values in storage of their own: what a stage writes to them nobody else sees."""
-        return self._with(copied(self.leaves))
+        return self.with_leaves(copied(self.leaves))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Boundary:
         """The same with ``function`` of every tensor."""
-        return self._with(tuple(function(x) if isinstance(x, Tensor) else x for x in self.leaves))
+        return self.with_leaves(tuple(function(x) if isinstance(x, Tensor) else x for x in self.leaves))
 
-    def _with(self, leaves: tuple[Any, ...]) -> Boundary:
+    def with_leaves(self, leaves: tuple[Any, ...]) -> Boundary:
+        """The same with other leaves in their places."""
         return Boundary(leaves, self.needs_grad, self.places, self.spec)
 
     def check_writes(self, versions: tuple[int, ...]) -> None:

@@ -53,16 +53,34 @@ class CallerContext:
     def applied(self, device: torch.device) -> Iterator[None]:
         """Give this thread the captured state inside, but for autocast, with ``device`` as the current one."""
         with ExitStack() as stack:
-            for stream in self.streams:
-                torch.accelerator.set_stream(stream)
-            if device.type != "cpu":
-                torch.accelerator.set_device_index(device)
+            stack.enter_context(self.on_streams(device))
             if self.default_device.type != "cpu":
-                stack.enter_context(self.default_device)
+                same = (
+                    self.default_device.type == device.type
+                )  # "cuda" is then the stage's own, not the process's first
+                stack.enter_context(torch.device(device) if same else self.default_device)
             stack.enter_context(torch.inference_mode(self.inference))
             stack.enter_context(torch.set_grad_enabled(self.grad))
             stack.enter_context(_no_cast_cache())
             yield
+
+    def on_streams(self, device: torch.device | None = None) -> AbstractContextManager[None]:
+        """Make the captured streams current inside, and ``device``, if it is an accelerator."""
+        return _current(self.streams, device) if self.streams else _NOTHING
+
+    def rejoin(self, tensors: Iterable[Tensor | None]) -> None:
+        """Let this thread's current streams, if they are others by now, wait for the captured ones.
+
+        Args:
+            tensors: What was made on those and will be used on these.
+        """
+        for stream in self.streams:
+            here = torch.accelerator.current_stream(stream.device)
+            if here != stream:
+                here.wait_event(stream.record_event())
+                for tensor in tensors:
+                    if tensor is not None and tensor.device == stream.device:
+                        tensor.record_stream(here)
 
     def autocasting(self) -> AbstractContextManager[Any]:
         """The captured autocast."""
@@ -72,6 +90,21 @@ class CallerContext:
         for device_type, dtype in self.autocast:
             stack.enter_context(torch.autocast(device_type, dtype, cache_enabled=False))
         return stack
+
+
+@contextmanager
+def _current(streams: Sequence[torch.Stream], device: torch.device | None) -> Iterator[None]:
+    index = torch.accelerator.current_device_index()
+    before = [torch.accelerator.current_stream(stream.device) for stream in streams]
+    try:
+        for stream in streams:
+            torch.accelerator.set_stream(stream)
+        torch.accelerator.set_device_index(index if device is None or device.type == "cpu" else device)
+        yield
+    finally:
+        for stream in before:
+            torch.accelerator.set_stream(stream)
+        torch.accelerator.set_device_index(index)
 
 
 @contextmanager

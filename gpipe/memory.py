@@ -8,19 +8,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ALIGNMENT = 64  # bytes; allocators start at multiples of it
+
+def alignment(device: torch.device) -> int:
+    """Bytes; allocators of ``device`` start at multiples of it, and kernels look no further."""
+    return 64 if device.type == "cpu" else 512
 
 
-def copied(leaves: Sequence[Any]) -> tuple[Any, ...]:
+def copied(leaves: Sequence[Any], device: torch.device | None = None) -> tuple[Any, ...]:
     """Every tensor of ``leaves`` in new memory, all else as it is.
 
     Kernels choose their order of summation by strides and alignment. These stay, and so do overlaps: computing with the
     copies gives the same bits as computing with the originals.
+
+    Args:
+        leaves: Tensors and other values.
+        device: Where the copies are to be; None where each tensor is. The host waits for those to the CPU alone.
     """
     copies: dict[int, Tensor] = {}
     for tensors in by_storage(leaves):
-        copies.update(zip(map(id, tensors), _copied_window(tensors), strict=True))
-    return tuple(copies[id(x)] if id(x) in copies else x.clone() if isinstance(x, Tensor) else x for x in leaves)
+        copies.update(zip(map(id, tensors), _copied_window(tensors, device or tensors[0].device), strict=True))
+    return tuple(copies[id(x)] if id(x) in copies else _copied_alone(x, device) for x in leaves)
+
+
+def _copied_alone(leaf: Any, device: torch.device | None) -> Any:
+    """A leaf that is no plain memory."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.clone() if device in (None, leaf.device) else leaf.to(device, non_blocking=device.type != "cpu")
 
 
 def overlapping(leaves: Iterable[Any]) -> bool:
@@ -64,16 +78,31 @@ def window(tensors: Sequence[Tensor]) -> tuple[Tensor, int]:
     return first, int(max(ends)) + 1 - int(first.storage_offset())
 
 
-def _copied_window(tensors: Sequence[Tensor]) -> list[Tensor]:
-    if len(tensors) == 1 and tensors[0].is_contiguous() and not tensors[0].data_ptr() % ALIGNMENT:
-        copy = tensors[0].clone(memory_format=torch.contiguous_format)
+def elements_alone(tensors: Sequence[Tensor], size: int) -> list[Tensor] | None:
+    """The tensors of a window of ``size`` elements, each once, if to copy them is less than to copy all of it."""
+    unique = list({(t.storage_offset(), t.shape, t.stride()): t for t in tensors}.values())
+    apart = all(torch._debug_has_internal_overlap(t) != 1 for t in unique)  # 1: surely, and could not be written to
+    return unique if apart and sum(t.numel() for t in unique) < size else None
+
+
+def _copied_window(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    own, moves = tensors[0].device, tensors[0].device != device
+    beside = moves and device.type != "cpu"
+    if len(tensors) == 1 and tensors[0].is_contiguous() and not tensors[0].data_ptr() % alignment(own):
+        dense = torch.contiguous_format
+        copy = (
+            tensors[0].to(device, non_blocking=beside, memory_format=dense)
+            if moves
+            else tensors[0].clone(memory_format=dense)
+        )
         if copy.stride() == tensors[0].stride():  # those of dimensions of one row may differ
             return [copy]
     first, size = window(tensors)
     start = first.storage_offset()
-    shift = first.data_ptr() % ALIGNMENT // first.element_size()
-    memory = first.new_empty(shift + size)
-    memory[shift:].copy_(first.as_strided((size,), (1,), start))
+    shift = first.data_ptr() % alignment(own) // first.element_size()
+    memory = first.new_empty(shift + size, device=device)
+    for t in (moves and elements_alone(tensors, size)) or [first.as_strided((size,), (1,), start)]:
+        memory.as_strided(t.shape, t.stride(), shift + t.storage_offset() - start).copy_(t, non_blocking=beside)
     return [memory.as_strided(t.shape, t.stride(), shift + t.storage_offset() - start) for t in tensors]
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,11 +19,10 @@ from gpipe.context import CallerContext
 from gpipe.found import Found
 from gpipe.gradients import collected
 from gpipe.metering import Meters
-from gpipe.recording import Recording
+from gpipe.recording import Noted, Recording
 from gpipe.schedule import Action, Schedule
 from gpipe.stage import Flight, Head, Stage
 from gpipe.tied import Replicas, Tied, added
-from gpipe.timeline import Span
 from gpipe.transport import CALLER, Direction, Drain, Supply, ThreadTransport
 from gpipe.two_pass import passes, window
 from gpipe.worker import CallersThread, Work, Workers, perform
@@ -142,6 +143,7 @@ class MiniBatch:
                 "this mini-batch has gone backward already and its activations are freed: "
                 "pass retain_graph=True to the first backward, or run the pipe forward again"
             )
+        self._refuse_engine_thread()
         if self._found is not None:
             self._found.check()
         self._spent = not keep_graph
@@ -160,8 +162,11 @@ class MiniBatch:
         with collected(self.parameters) as totals, self._found.restored() if self._found else nullcontext():
             modes = CallerContext.capture([s.device for s in self._pipeline.stages])
             self._perform(backward, transport, modes, repeats=self._two_pass)
-            self._replicas.add_up()
-        return [transport.receive(0, CALLER, Direction.BACKWARD, m) for m in range(count)], totals
+            with self._context.on_streams():
+                self._replicas.add_up()
+        arrived = [transport.receive(0, CALLER, Direction.BACKWARD, m) for m in range(count)]
+        self._context.rejoin([*totals, *chain.from_iterable(arrived)])
+        return arrived, totals
 
     def forward_and_backward(self, inputs: Sequence[Boundary]) -> tuple[Boundary, Finished]:
         """Run the whole schedule; gives the sum of what the last stage's ``head`` made of every micro-batch."""
@@ -179,6 +184,18 @@ class MiniBatch:
         shares = [transport.receive(self._last, CALLER, Direction.FORWARD, m) for m in count]
         arrived = [transport.receive(0, CALLER, Direction.BACKWARD, m) for m in count]
         return _sum(shares), Finished(self.parameters, arrived, totals)
+
+    def _refuse_engine_thread(self) -> None:
+        """Raise a RuntimeError in a thread of autograd's, whose device the workers' backward would wait for."""
+        threaded = isinstance(self._pipeline.workers, Workers)
+        if not threaded or not isinstance(threading.current_thread(), threading._DummyThread):
+            return
+        if any(flight.stage.device.type != "cpu" for flight in self._flights):
+            raise RuntimeError(
+                "the backward of a pipe on accelerators began inside another backward, in a thread of autograd's "
+                "(torch.utils.checkpoint with use_reentrant=True, or a Function or hook that calls backward()), and "
+                "would wait for itself: give use_reentrant=False, or call backward() outside"
+            )
 
     @property
     def _last(self) -> int:
@@ -207,7 +224,7 @@ class MiniBatch:
         jobs = [self._job(work, *worker) for worker in zip(actions, self.recording.spans, strict=True) if worker[0]]
         self._pipeline.workers.run(jobs, transport.abort)
 
-    def _job(self, work: Work, actions: Sequence[Action], spans: list[Span]) -> Callable[[], None]:
+    def _job(self, work: Work, actions: Sequence[Action], spans: list[Noted]) -> Callable[[], None]:
         """What one worker does: its actions, in the caller's context."""
         hosted = [self._flights[k].stage for k in sorted({a.stage for a in actions})]
 

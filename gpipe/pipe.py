@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any, Literal, NoReturn, Self, overload
 
 import torch
 from torch import Tensor, nn
 
-from gpipe import batchnorm
+from gpipe import batchnorm, lanes
 from gpipe.autograd import attach
 from gpipe.balancing import MemoryLimit, planned
 from gpipe.boundary import Boundary
@@ -37,7 +37,7 @@ from gpipe.settings import (
 from gpipe.stage import Head, Stage
 from gpipe.tied import Ties
 from gpipe.timeline import Timeline
-from gpipe.ways import ways_of
+from gpipe.ways import Ways, ways_of
 from gpipe.worker import CallersThread, Workers, workers_for
 
 _MADE_AGAIN = ("_stages", "_workers", "_lock", "_ties", "_links", "recording")  # by _build: no pickle keeps them
@@ -214,7 +214,7 @@ class GPipe(nn.Module):
 
     @property
     def timeline(self) -> Timeline:
-        """When every worker did what in the latest mini-batch."""
+        """When every worker did what in the latest mini-batch; waits until accelerators have done it."""
         return self.recording.timeline()
 
     def train(self, mode: bool = True) -> Self:
@@ -307,10 +307,20 @@ class GPipe(nn.Module):
             Stage(k, group, ends[k], device, self.devices.count(device) == 1, ways[k])
             for k, (group, device) in enumerate(zip(groups, self.devices, strict=True))
         ]
+        lanes.check(self._crossings(ways))
         self._workers: Workers | CallersThread | None = None
         self._lock = threading.RLock()
         self.recording = Recording()
         self.metered = False
+
+    def _crossings(self, ways: Sequence[Ways]) -> Iterator[tuple[torch.device, torch.device]]:
+        """From which device to which something goes: boundaries, values that skip stages, tied parameters; and back."""
+        together = [*pairwise(range(len(ways))), *((k, t) for k, one in enumerate(ways) for t in one.targets)]
+        for _, groups in self._ties.current():
+            together += combinations(dict.fromkeys(place.stage for places in groups for place in places), 2)
+        for a, b in together:
+            yield self.devices[a], self.devices[b]
+            yield self.devices[b], self.devices[a]
 
     def _mini_batch(
         self, micro_batches: int, schedule: AnySchedule, head: Head | None = None, two_pass: bool = False

@@ -10,11 +10,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from gpipe import lanes
 from gpipe.cells import entry
 from gpipe.partitioning.cells import Cell
 
@@ -175,13 +177,10 @@ def _check_held(parameter: nn.Parameter, groups: Sequence[Sequence[Place]]) -> N
 
 def added(parts: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
     """The sum of gradients in their order; None where there is none."""
-    total = None
-    for gradient in parts:
-        if gradient is not None:
-            total = gradient.to(device) if total is None else total + gradient.to(device)
-    return total
+    gradients = lanes.brought([gradient for gradient in parts if gradient is not None], device)
+    return reduce(torch.add, gradients) if gradients else None
 
 
 def _leaf(parameter: nn.Parameter, device: torch.device) -> Tensor:
     """The same values, in the same memory if that is on ``device``."""
-    return parameter.detach().to(device).requires_grad_(parameter.requires_grad)
+    return lanes.brought([parameter.detach()], device)[0].requires_grad_(parameter.requires_grad)

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from enum import StrEnum
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
 
-from gpipe.boundary import Boundary, map_message
+from gpipe import lanes
+from gpipe.boundary import Boundary, Gradients, map_message
 from gpipe.metering import Meters
 
 CALLER = -1
@@ -131,8 +131,8 @@ class Drain(Channel):
 class ThreadTransport:
     """Channels between threads of one process.
 
-    Every thread uses the caller's current streams, so a tensor is ready for whatever its receiver launches, and a copy
-    between accelerators is ordered with both.
+    Every thread uses the caller's current streams, so a tensor is ready for whatever its receiver launches. Copies
+    between accelerators have lanes of their own (``lanes.py``): a receiver waits for one where it takes the message.
 
     Args:
         devices: The device of every stage; tensors that live on the sender's arrive on the receiver's.
@@ -159,20 +159,41 @@ class ThreadTransport:
         self._channels[source, target, direction] = channel
 
     def send(self, source: int, target: int, direction: Direction, micro_batch: int, message: Any) -> None:
-        """Hand a message over; tensors for another accelerator start on their way."""
+        """Hand a message over; tensors for another device start on their way.
+
+        Raises:
+            torch.OutOfMemoryError: The receiver's device has no room; a note names it.
+        """
         if CALLER not in (source, target) and self._devices[source] != self._devices[target]:
-            message = map_message(message, partial(_move, self._devices[source], self._devices[target]))
+            message = self._sent(message, source, target)
         self._channels[source, target, direction].put(micro_batch, message)
 
     def receive(self, source: int, target: int, direction: Direction, micro_batch: int) -> Any:
-        """Wait for a message.
+        """Wait for a message, the host for the sender's; the receiver's current stream waits for the tensors.
 
         Raises:
             Aborted: The mini-batch was given up.
         """
         if self._aborted:
             raise Aborted
-        return self._channels[source, target, direction].take(micro_batch)
+        message = self._channels[source, target, direction].take(micro_batch)
+        if isinstance(message, _Crossing):
+            return _with_leaves(message.frame, message.crossing.landed())
+        return message
+
+    def _sent(self, message: Message, source: int, target: int) -> Message | _Crossing:
+        """A message whose tensors, those that live with the sender, are or will be with the receiver."""
+        leaves = message.leaves if isinstance(message, Boundary) else message
+        here, there = self._devices[source], self._devices[target]
+        try:
+            if lanes.between(here, there):
+                return _Crossing(_with_leaves(message, []), lanes.cross(leaves, here, there))
+            return _with_leaves(message, lanes.moved(leaves, here, there))
+        except torch.OutOfMemoryError as error:
+            error.add_note(
+                f"gpipe: it is {there}, of stage {target}, that has no room for what stage {source} sends it"
+            )
+            raise
 
     def abort(self) -> None:
         """Wake everyone who waits."""
@@ -181,7 +202,15 @@ class ThreadTransport:
             channel.close()
 
 
-def _move(source: torch.device, target: torch.device, tensor: Tensor) -> Tensor:
-    if tensor.device != source:
-        return tensor
-    return tensor.to(target, non_blocking=target.type != "cpu")
+Message = Boundary | Gradients
+
+
+class _Crossing(NamedTuple):
+    """A message on its way to another accelerator."""
+
+    frame: Message  # without leaves: what was sent is held no longer than the copies need it
+    crossing: lanes.Crossing
+
+
+def _with_leaves(message: Message, leaves: list[Any]) -> Message:
+    return message.with_leaves(tuple(leaves)) if isinstance(message, Boundary) else leaves

@@ -10,17 +10,18 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from queue import SimpleQueue
-from time import perf_counter
 from typing import Any
 
 import torch
 
 from gpipe.context import CallerContext, autocast_off
 from gpipe.metering import Meters
+from gpipe.partitioning.clock import Moment, clock
+from gpipe.recording import Noted
 from gpipe.schedule import Action, Kind
 from gpipe.stage import Flight
-from gpipe.timeline import Span
 from gpipe.transport import CALLER, Aborted, Direction, Transport
+from gpipe.ways import Ways
 
 Neighbour = tuple[int, Direction]  # a stage or the caller, and how it is talked to
 
@@ -57,34 +58,47 @@ class Work:
     @cached_property
     def neighbours(self) -> dict[tuple[int, Kind], tuple[list[Neighbour], list[Neighbour]]]:
         """By stage and kind of action: where messages come from, and where they go."""
-        return {(stage, kind): self._neighbours(stage, kind) for stage in self.flights for kind in Kind}
+        return {(k, kind): neighbours(k, kind, self.stages, f.stage.ways) for k, f in self.flights.items() for kind in Kind}
 
-    def _neighbours(self, stage: int, kind: Kind) -> tuple[list[Neighbour], list[Neighbour]]:
-        """First the chain's, then those that skip stages."""
-        ways = self.flights[stage].stage.ways
-        before = stage - 1 if stage else CALLER
-        after = stage + 1 if stage + 1 < self.stages else CALLER
-        if kind == Kind.FORWARD:
-            return (
-                [(before, Direction.FORWARD), *((s, Direction.SKIP_FORWARD) for s in ways.sources)],
-                [(after, Direction.FORWARD), *((t, Direction.SKIP_FORWARD) for t in ways.targets)],
-            )
-        if kind in (Kind.BACKWARD, Kind.INPUT_GRADIENT):
-            return (
-                [(after, Direction.BACKWARD), *((t, Direction.SKIP_BACKWARD) for t in ways.targets)],
-                [(before, Direction.BACKWARD), *((s, Direction.SKIP_BACKWARD) for s in ways.sources)],
-            )
-        return [], []
+    @cached_property
+    def clocks(self) -> dict[int, Callable[[], Moment]]:
+        """By stage: what tells the moment on its device."""
+        return {k: clock(flight.stage.device) for k, flight in self.flights.items()}
 
     def counting(self, stage: int) -> AbstractContextManager[Any]:
         """Count what operators make inside on the account of ``stage``."""
         return _NOTHING if self.meters is None else self.meters.counting(stage)
 
 
+def neighbours(stage: int, kind: Kind, stages: int, ways: Ways) -> tuple[list[Neighbour], list[Neighbour]]:
+    """Where an action's messages come from, and where they go: first the chain's, then those that skip stages.
+
+    Args:
+        stage: Whose action it is.
+        kind: What it does.
+        stages: How many the pipeline has.
+        ways: The skip connections of the stage.
+    """
+    before = stage - 1 if stage else CALLER
+    after = stage + 1 if stage + 1 < stages else CALLER
+    if kind == Kind.FORWARD:
+        return (
+            [(before, Direction.FORWARD), *((s, Direction.SKIP_FORWARD) for s in ways.sources)],
+            [(after, Direction.FORWARD), *((t, Direction.SKIP_FORWARD) for t in ways.targets)],
+        )
+    if kind in (Kind.BACKWARD, Kind.INPUT_GRADIENT):
+        return (
+            [(after, Direction.BACKWARD), *((t, Direction.SKIP_BACKWARD) for t in ways.targets)],
+            [(before, Direction.BACKWARD), *((s, Direction.SKIP_BACKWARD) for s in ways.sources)],
+        )
+    return [], []
+
+
 _NOTHING = nullcontext()
+_LATE = ", or in what was launched before: accelerators tell late (at once with CUDA_LAUNCH_BLOCKING=1)"
 
 
-def perform(work: Work, actions: Sequence[Action], spans: list[Span]) -> None:
+def perform(work: Work, actions: Sequence[Action], spans: list[Noted]) -> None:
     """Perform ``actions`` one after the other: receive, compute, send.
 
     Args:
@@ -104,11 +118,12 @@ def perform(work: Work, actions: Sequence[Action], spans: list[Span]) -> None:
             flight = work.flights[action.stage]
             cell = f", cell {flight.cell}" if flight.cell else ""
             shown = work.shown(action)
-            error.add_note(f"gpipe: raised in {flight.stage}{cell}, micro-batch {action.micro_batch}, action {shown}")
+            where = f"{flight.stage}{cell}, micro-batch {action.micro_batch}, action {shown}"
+            error.add_note(f"gpipe: raised in {where}{_LATE if isinstance(error, torch.AcceleratorError) else ''}")
             raise
 
 
-def _act(work: Work, action: Action, spans: list[Span]) -> None:
+def _act(work: Work, action: Action, spans: list[Noted]) -> None:
     k, kind, m = action
     sources, targets = work.neighbours[k, kind]
     if work.window is not None and m >= work.window and targets[0][0] != CALLER:
@@ -117,10 +132,11 @@ def _act(work: Work, action: Action, spans: list[Span]) -> None:
     if work.window is not None and sources[0][0] != CALLER:
         work.transport.send(k, sources[0][0], Direction.BACKWARD, m, [])  # taken
     modes = work.forward_modes if kind in (Kind.FORWARD, Kind.RECOMPUTE) else work.backward_modes
-    start = perf_counter()
+    now = work.clocks[k]
+    start = now()
     with modes.autocasting(), work.counting(k):
         results = _COMPUTE[kind](work.flights[k], m, messages)
-    spans.append(Span(work.shown(action), start, perf_counter()))
+    spans.append(Noted(work.shown(action), start, now()))
     for (target, direction), result in zip(targets, results or (), strict=True):
         work.transport.send(k, target, direction, m, result)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gpipe.boundary import Boundary
-from gpipe.memory import ALIGNMENT, by_storage, window
+from gpipe.memory import alignment, by_storage, elements_alone, window
 
 Message = Boundary | Sequence[Any]
 
@@ -91,13 +91,11 @@ def pack(message: Message, device: torch.device) -> tuple[bytes, list[Tensor]]:
 def _piece(tensors: Sequence[Tensor], device: torch.device) -> tuple[_Piece, list[Tensor]]:
     """The memory of tensors that share a storage, and what of it is sent."""
     first, size = window(tensors)
-    unique = list({(t.storage_offset(), t.shape, t.stride()): t for t in tensors}.values())
-    apart = all(torch._debug_has_internal_overlap(t) != 1 for t in unique)  # 1: surely, and could not be written to
-    dense = apart and sum(t.numel() for t in unique) < size
-    shift = first.data_ptr() % ALIGNMENT // first.element_size()
-    piece = _Piece(first.dtype, shift, size, dense, first.device == device)
-    if dense:
-        return piece, [t.contiguous().view(-1) for t in unique]
+    alone = elements_alone(tensors, size)
+    shift = first.data_ptr() % alignment(first.device) // first.element_size()
+    piece = _Piece(first.dtype, shift, size, alone is not None, first.device == device)
+    if alone is not None:
+        return piece, [t.contiguous().view(-1) for t in alone]
     return piece, [first.as_strided((size,), (1,), first.storage_offset())]
 
 

@@ -1,0 +1,121 @@
+"""Copies between accelerators, on streams of their own.
+
+On the devices' current streams torch's copy is a barrier of both: what is sent waits for all that the receiver was
+given so far, and all that the receiver is given next waits for what is sent. A host runs ahead of its device, so that
+would join micro-batches that have nothing to do with each other. On two idle streams the copy waits for what it copies
+alone, and the receiver for the copy where it uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpipe.memory import copied
+
+
+class Crossing(NamedTuple):
+    """Values on their way from one accelerator to another.
+
+    Attributes:
+        values: The copies, and what is no tensor of the source.
+        arrived: Happens when the copies are there.
+        target: Where.
+    """
+
+    values: list[Any]
+    arrived: torch.Event
+    target: torch.device
+
+    def landed(self) -> list[Any]:
+        """The values, for use on the target's current stream, which waits for them; the host does not."""
+        stream = torch.accelerator.current_stream(self.target)
+        stream.wait_event(self.arrived)
+        _record(self.values, self.target, stream)
+        return self.values
+
+
+def between(source: torch.device, target: torch.device) -> bool:
+    """Whether these are two accelerators."""
+    return source != target and not {"cpu", "meta"} & {source.type, target.type}
+
+
+def cross(values: Sequence[Any], source: torch.device, target: torch.device) -> Crossing:
+    """Start to copy the tensors of ``source`` that its current stream makes; strides, alignment and overlaps stay.
+
+    Args:
+        values: Tensors and other values; those that are elsewhere stay there.
+        source: An accelerator.
+        target: Another.
+
+    Raises:
+        torch.OutOfMemoryError: ``target`` has no room.
+    """
+    out, into = _lane(source, target)
+    out.wait_event(torch.accelerator.current_stream(source).record_event())
+    with out, into:
+        there = moved(values, source, target)
+        arrived = into.record_event()
+    _record(values, source, out)
+    return Crossing(there, arrived, target)
+
+
+def moved(values: Sequence[Any], source: torch.device, target: torch.device) -> list[Any]:
+    """``values`` with copies on ``target`` of the tensors of ``source``, in order with both current streams."""
+    places = [i for i, value in enumerate(values) if isinstance(value, Tensor) and value.device == source]
+    there = list(values)
+    for i, copy in zip(places, copied([values[i] for i in places], target), strict=True):
+        there[i] = copy
+    return there
+
+
+def brought(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """The tensors on ``device``, for use on its current stream; all are on their way before the first is waited for."""
+    coming = [
+        cross([tensor], tensor.device, device) if between(tensor.device, device) else tensor.to(device)
+        for tensor in tensors
+    ]
+    return [tensor.landed()[0] if isinstance(tensor, Crossing) else tensor for tensor in coming]
+
+
+def check(pairs: Iterable[tuple[torch.device, torch.device]]) -> None:
+    """Send a pattern from the first to the second of every pair, once a process where both are accelerators.
+
+    Some machines lose what goes from device to device and say nothing: with an IOMMU, or access control (ACS) of
+    PCI Express on, zeros arrive.
+
+    Raises:
+        RuntimeError: Something else arrived.
+    """
+    for source, target in dict.fromkeys(pairs):
+        if between(source, target):
+            _check(source, target)
+
+
+@cache
+def _check(source: torch.device, target: torch.device) -> None:
+    pattern = torch.arange(1 << 14, dtype=torch.int32, device="cpu") ^ 0x5A5A5A5A
+    (there,) = cross([pattern.to(source)], source, target).landed()
+    if not torch.equal(there.cpu(), pattern):
+        raise RuntimeError(
+            f"what {source} sends to {target} does not arrive as it was sent, and nothing would tell in training: "
+            "turn off the IOMMU and ACS of PCI Express on this machine (or NCCL's and torch's peer-to-peer access, "
+            "where the vendor advises that), or do not give both devices to one pipe"
+        )
+
+
+@cache
+def _lane(source: torch.device, target: torch.device) -> tuple[torch.Stream, torch.Stream]:
+    """The streams of all copies from one accelerator to another, on both."""
+    return torch.Stream(source), torch.Stream(target)
+
+
+def _record(values: Sequence[Any], device: torch.device, stream: torch.Stream) -> None:
+    """Keep the memory of the tensors on ``device`` until ``stream`` has used it."""
+    for value in values:
+        if isinstance(value, Tensor) and value.device == device:
+            value.record_stream(stream)
