@@ -16,7 +16,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from types import FrameType
 from typing import Any, Protocol
 
@@ -237,8 +237,8 @@ class _OnlyState:
 
     def __init__(self, device: torch.device) -> None:
         module = torch.get_device_module(device)
-        self.get_state: Callable[[], Tensor] = module.get_rng_state
-        self.set_state: Callable[[Tensor], Any] = module.set_rng_state
+        self.get_state: Callable[[], Tensor] = partial(module.get_rng_state, device)
+        self.set_state: Callable[[Tensor], Any] = partial(module.set_rng_state, device=device)
 
 
 def _default_of(device: torch.device) -> _Default:
