@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
+from gpipe.actions import Action
 from gpipe.metering import Meters
+from gpipe.partitioning.clock import Moment, seconds
 from gpipe.timeline import Memory, Span, Timeline
+
+
+class Noted(NamedTuple):
+    """A span as its worker noted it: on an accelerator the moments are marks, whose times are read when asked for."""
+
+    action: Action
+    start: Moment
+    end: Moment
 
 
 @dataclass(frozen=True)
@@ -22,13 +32,22 @@ class Recording:
         meters: What the stages hold, if that is counted.
     """
 
-    spans: Sequence[list[Span]] = ()
+    spans: Sequence[list[Noted]] = ()
     meters: Meters | None = field(default=None)
 
     def timeline(self) -> Timeline:
-        """What has been recorded so far."""
+        """What has been recorded so far; waits until accelerators have done it."""
         memory = [] if self.meters is None else [Memory(*levels) for levels in self.meters.levels()]
-        return Timeline(tuple(tuple(spans) for spans in self.spans), memory=tuple(memory))
+        return Timeline(self._settled(), memory=tuple(memory))
+
+    def _settled(self) -> tuple[list[Span], ...]:
+        """The spans with the times of their marks, which take the marks' place."""
+        noted = [list(spans) for spans in self.spans]  # workers may add more meanwhile
+        times = iter(seconds([moment for spans in noted for _, *moments in spans for moment in moments]))
+        settled = tuple([Span(action, next(times), next(times)) for action, *_ in spans] for spans in noted)
+        for spans, known in zip(self.spans, settled, strict=True):
+            spans[: len(known)] = [Noted(*span) for span in known]
+        return settled
 
 
 class Recordable(Protocol):
@@ -50,6 +69,8 @@ class Recordable(Protocol):
 @contextmanager
 def record(pipe: Recordable, *, memory: bool = False) -> Iterator[Timeline]:
     """Record what runs inside; afterwards the timeline that was given holds the last mini-batch.
+
+    At the end it waits until accelerators have done that mini-batch, for the times are theirs.
 
     Args:
         pipe: The pipe. Of a ``DistributedGPipe`` the rank's own stages are recorded; ``timeline.memory`` is empty at

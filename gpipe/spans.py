@@ -19,7 +19,7 @@ _DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
 
 class Span(NamedTuple):
-    """One action's computation, waiting excluded; of a run, seconds of ``time.perf_counter``."""
+    """One action's computation, waiting excluded; of a run, seconds of ``time.perf_counter``, also of accelerators."""
 
     action: Action
     start: float

@@ -25,8 +25,9 @@ __all__ = ["Flush", "Level", "Memory", "Span", "Spans", "Timeline", "Transfer", 
 class Timeline:
     """What every worker did over one mini-batch, from ``simulate`` or from a run.
 
-    Shares are of the makespan, 0 to 1. Of a run on an accelerator, times are those of launching the work, not of
-    performing it, unless whoever recorded them measured on the device.
+    Shares are of the makespan, 0 to 1. Of a run, an action on the CPU lasts while its worker computes; on an
+    accelerator from when the device comes to it until it is done, so that a device which waits for more to be launched
+    in the middle of an action counts as busy. Several devices' times are brought to the host's clock.
 
     Attributes:
         workers: Per worker its spans in order. Any sequences may be given; they are held as ``Spans``.
