@@ -165,6 +165,9 @@ def ends(runs: Mapping[str, Sequence[Run]], work: float, stages: Sequence[int]) 
     rows = []
     for kind, found in runs.items():
         speedups = {k: work / run.seconds for k in stages if (run := best(found, k)).held <= LIMIT}
+        if not speedups:
+            rows.append([kind, "none fits", "none fits", "none"])
+            continue
         top = max(speedups, key=lambda k: speedups[k])
         half = max((k for k, s in speedups.items() if s >= k / 2), default=None)
         rows.append([kind, f"{top:,}", f"{speedups[top]:,.1f}", "none" if half is None else f"{half:,}"])

@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from queue import SimpleQueue
+from traceback import walk_tb
+from types import GeneratorType
 from typing import Any
 
 import torch
@@ -58,7 +60,9 @@ class Work:
     @cached_property
     def neighbours(self) -> dict[tuple[int, Kind], tuple[list[Neighbour], list[Neighbour]]]:
         """By stage and kind of action: where messages come from, and where they go."""
-        return {(k, kind): neighbours(k, kind, self.stages, f.stage.ways) for k, f in self.flights.items() for kind in Kind}
+        return {
+            (k, kind): neighbours(k, kind, self.stages, f.stage.ways) for k, f in self.flights.items() for kind in Kind
+        }
 
     @cached_property
     def clocks(self) -> dict[int, Callable[[], Moment]]:
@@ -115,12 +119,31 @@ def perform(work: Work, actions: Sequence[Action], spans: list[Noted]) -> None:
         except Aborted:
             raise
         except BaseException as error:
+            _leave_checkpoints(error)
             flight = work.flights[action.stage]
             cell = f", cell {flight.cell}" if flight.cell else ""
             shown = work.shown(action)
             where = f"{flight.stage}{cell}, micro-batch {action.micro_batch}, action {shown}"
             error.add_note(f"gpipe: raised in {where}{_LATE if isinstance(error, torch.AcceleratorError) else ''}")
             raise
+
+
+def _leave_checkpoints(error: BaseException) -> None:
+    """Make this thread leave what ``torch.utils.checkpoint`` entered on the way to ``error``.
+
+    Before torch 2.14 its hooks on saved tensors stay on the thread that the error came from until that is forgotten: a
+    worker's next micro-batch would save through them, and torch fails where another thread forgets the error.
+    """
+    errors = [error]
+    for known in errors:
+        others = (known.__cause__, known.__context__)
+        errors += [other for other in others if other is not None and all(other is not e for e in errors)]
+    frames = [frame for known in errors for frame, _ in walk_tb(known.__traceback__)]
+    for frame in reversed(frames):  # the innermost first
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            for value in frame.f_locals.values():
+                if isinstance(value, GeneratorType):
+                    value.close()
 
 
 def _act(work: Work, action: Action, spans: list[Noted]) -> None:

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 
 from gpipe.partitioning.alone import Alone, Passed, Waiting, alone, cut
 from gpipe.partitioning.cells import cells_of
 from gpipe.partitioning.cost import CellCost
 from gpipe.partitioning.footprint import Footprint, footprint, opened
+from gpipe.partitioning.operations import counting_operations
 from gpipe.partitioning.owned import Owned, owned_bytes
 from gpipe.partitioning.sample import first_micro_batch
 
@@ -46,9 +46,9 @@ class Speed:
 def estimate(module: nn.Module, sample_spec: Any, *, speed: Speed, chunks: int = 1) -> list[CellCost]:
     """Estimate every cell of ``module`` on one micro-batch.
 
-    Bytes are those ``profile`` would find. Seconds are a roofline: operations as ``torch.utils.flop_counter`` counts
-    them, and parameters, activations and output moved once forward and twice backward. Cells that are alike, and get
-    inputs that are alike, are estimated once: a Transformer of a thousand layers takes seconds.
+    Bytes are those ``profile`` would find. Seconds are a roofline: operations as ``counting_operations`` counts them,
+    and parameters, activations and output moved once forward and twice backward. Cells that are alike, and get inputs
+    that are alike, are estimated once: a Transformer of a thousand layers takes seconds.
 
     Args:
         module: An ``nn.Sequential``, or a module with ``cells()``; on any device, the meta device too.
@@ -110,10 +110,10 @@ class _Estimate:
 
 
 def _estimate(cell: Alone, entered: Passed) -> tuple[_Estimate, Passed]:
-    with FlopCounterMode(display=False) as forward:
+    with counting_operations() as forward:
         left = cell(opened(entered))
     roots = [t for t in tree_leaves(left) if isinstance(t, Tensor) and t.requires_grad]
-    with FlopCounterMode(display=False) as backward:
+    with counting_operations() as backward:
         if roots:
             torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
     del left, roots

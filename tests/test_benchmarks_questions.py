@@ -89,6 +89,16 @@ def test_the_simulation_of_scale_finds_slow_links_slow(results):
     assert "</svg>" in (results / "scale.svg").read_text()
 
 
+# The table of where pipelines stop paying wanted the largest of no speed-ups.
+def test_the_simulation_of_scale_says_where_no_number_of_devices_fits(results):
+    from benchmarks import scale
+
+    scale.main(["--devices", "16", "--chunks", "32"])
+    tables = {t["title"].split()[0]: t for t in json.loads((results / "scale.json").read_text())["results"]}
+    assert [row[1:] for row in tables["Where"]["rows"]] == [["none fits", "none fits", "none"]] * 3
+    assert "</svg>" in (results / "scale.svg").read_text()
+
+
 def test_parameters_of_the_papers_tables_are_met():
     from benchmarks.paper_costs import PAPERS, parameters, tpu, transformer
 

@@ -279,6 +279,35 @@ def test_torchs_own_checkpoint_without_draws(reentrant):
     assert_as_plain(lambda: nn.Sequential(nn.Linear(4, 4), Apply(inner, nn.Linear(4, 4)), nn.Tanh()), torch.randn(6, 4))
 
 
+# Before 2.14 torch's own checkpoint leaves its hooks on the thread where an error passes through it.
+@pytest.mark.parametrize("wrap", [False, True])
+def test_errors_inside_torchs_own_checkpoint_leave_nothing_on_the_workers(wrap):
+    fails = [True]
+
+    def sometimes(x):
+        if fails:
+            raise ValueError("boom")
+        return x.tanh()
+
+    def inner(x, linear):
+        try:
+            return checkpoint(lambda x: checkpoint(sometimes, linear(x), use_reentrant=False), x, use_reentrant=False)
+        except ValueError as error:
+            raise (RuntimeError("boom again") if wrap else error) from None
+
+    module = nn.Sequential(nn.Linear(4, 4), Apply(inner, nn.Linear(4, 4)), nn.Tanh())
+    pipe, x = make_pipe(module), torch.randn(6, 4)
+    with pytest.raises((ValueError, RuntimeError), match="boom") as held:
+        pipe(x)
+    fails.clear()
+    pipe(x).square().sum().backward()
+    found = gradients(module)
+    module.zero_grad()
+    PlainLoop(module)(x).square().sum().backward()
+    assert_same(found, gradients(module))
+    del held
+
+
 # Entered and left by several threads in turn, torch's own bookkeeping of modes said for ever that one was on, and
 # torch.compile did nothing any more.
 @pytest.mark.parametrize("make", [lambda: CellGenerators(None), LiveBytes])

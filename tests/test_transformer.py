@@ -260,7 +260,7 @@ def test_hyena_is_cheaper_than_the_square_of_the_length():
         cost = estimate(model, tokens, speed=Speed(flops=1.0, bytes=float("inf")))[1]
         return cost.forward_seconds
 
-    # FlopCounterMode does not count Fourier transforms, which are T log T; it would count any product over T by T.
+    # Fourier transforms, which are T log T, are not counted; any product over T by T would be.
     assert operations("hyena", 4096) == pytest.approx(2 * operations("hyena", 2048), rel=1e-4)
     assert operations("attention", 4096) > 3.5 * operations("attention", 2048)
 

@@ -515,7 +515,7 @@ def test_functional_call(keep):
 
 
 # Forward-mode gave no tangent at all, the others an error about storage.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # used by make_dual
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # used by make_dual
 def test_transforms_of_functions_are_refused():
     _, pipe, _ = nets("always")
     x = torch.randn(6, 4)
