@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -24,6 +25,18 @@ def checked_loss(loss: Any) -> Tensor:
             "reduce it to a mean"
         )
     return loss.reshape(())
+
+
+def check_scaler(scaler: Any) -> None:
+    """Raise a TypeError unless ``scaler`` is None or what scales losses."""
+    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler, or None, got {type(scaler).__name__}: make one for it")
+
+
+def first_gradient(scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor:
+    """What the gradients of a loss on ``device`` begin with: one, or the scale of ``scaler``."""
+    one = torch.ones((), device=device)
+    return one if scaler is None else scaler.scale(one)
 
 
 class MicroBatchLoss:

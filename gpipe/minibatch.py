@@ -168,14 +168,18 @@ class MiniBatch:
         self._context.rejoin([*totals, *chain.from_iterable(arrived)])
         return arrived, totals
 
-    def forward_and_backward(self, inputs: Sequence[Boundary]) -> tuple[Boundary, Finished]:
-        """Run the whole schedule; gives the sum of what the last stage's ``head`` made of every micro-batch."""
+    def forward_and_backward(self, inputs: Sequence[Boundary], scale: Tensor) -> tuple[Boundary, Finished]:
+        """Run the whole schedule; gives the sum of what the last stage's ``head`` made of every micro-batch.
+
+        Args:
+            inputs: Of every micro-batch.
+            scale: What the losses' gradient begins with.
+        """
         self._spent = True
         transport = self._transport()
         self._enter(inputs, transport)
-        one = torch.ones((), device=self._flights[-1].stage.device)
         for m in range(len(inputs)):
-            transport.send(CALLER, self._last, Direction.BACKWARD, m, [one])
+            transport.send(CALLER, self._last, Direction.BACKWARD, m, [scale])
         with collected(self.parameters) as totals:
             self._perform(self._schedule.workers, transport, self._context.without_autocast())
             self._replicas.add_up()

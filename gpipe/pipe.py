@@ -19,7 +19,7 @@ from gpipe.cells import entry, links, refuse_hooks, registries, shared_buffers, 
 from gpipe.choosing import AnySchedule, chosen
 from gpipe.context import autocast_off, refuse_transforms
 from gpipe.gradients import trainable
-from gpipe.loss import LossFunction, MicroBatchLoss, checked_loss
+from gpipe.loss import LossFunction, MicroBatchLoss, check_scaler, checked_loss, first_gradient
 from gpipe.microbatch import gather, has_rows, moved, row_count, scatter, split_sizes
 from gpipe.minibatch import MiniBatch, Pipeline
 from gpipe.partitioning.cells import cells_of
@@ -66,6 +66,9 @@ class GPipe(nn.Module):
         sample: A mini-batch of inputs to profile the cells on; ``pipe.partition`` then says what was found, and why.
         memory_limit: Bytes, or text such as ``"20GiB"``, for every device or one per device: what parameters,
             gradients, Adam's state, boundaries and activations may take. The partition keeps to it; needs ``sample``.
+            Of an accelerator leave room for what is not counted: the driver's context (about 0.5 GB), workspaces of
+            libraries, NCCL's buffers, what the allocator cannot use of its free pieces, and with replicas a float32
+            copy of the gradients. 1.5 GB less than the device has, and the copy, is a start.
         seed: Base seed of random draws in the cells. None draws it from torch's default generator.
 
     Raises:
@@ -143,8 +146,19 @@ class GPipe(nn.Module):
         *,
         schedule: AnySchedule = None,
         two_pass: bool = False,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> Tensor:
         """Forward, loss and backward in one call; gradients are added to ``parameter.grad``.
+
+        With float16 on an accelerator, for instance::
+
+            scaler = torch.amp.GradScaler("cuda")
+            for inputs, targets in data:
+                optimizer.zero_grad()
+                with torch.autocast("cuda", torch.float16):
+                    loss = pipe.train_step(inputs, targets, loss_fn, "micro_batch", scaler=scaler)
+                scaler.step(optimizer)
+                scaler.update()
 
         Args:
             inputs: As for ``forward``.
@@ -164,9 +178,11 @@ class GPipe(nn.Module):
                 added up as in one pass, unless it is a ``Schedule``. ``checkpoint="never"`` spares a third forward, and
                 under 1F1B a stage then keeps the activations of no more micro-batches than there are stages. In the
                 second pass ``is_recomputing()`` is true, and the timeline shows its forwards as recomputes, R.
+            scaler: Scales the loss that goes backward, for float16; its ``unscale_``, ``step`` and ``update`` are the
+                caller's.
 
         Returns:
-            The loss, without graph.
+            The loss, without graph and not scaled.
 
         Raises:
             TypeError, ValueError: An argument is not what is described here; the message says what to do.
@@ -177,6 +193,7 @@ class GPipe(nn.Module):
         if loss_over not in ("mini_batch", "micro_batch"):
             raise ValueError(f"loss_over must be 'mini_batch' or 'micro_batch', got {loss_over!r}")
         check_passes(two_pass, loss_over)
+        check_scaler(scaler)
         if not torch.is_grad_enabled():
             raise RuntimeError("train_step computes gradients: call it outside torch.no_grad() and inference_mode()")
         if not callable(loss_fn):
@@ -191,20 +208,28 @@ class GPipe(nn.Module):
             loss = checked_loss(loss_fn(outputs, self._on_last(targets)))
             del outputs
             with autocast_off():
-                loss.backward()  # type: ignore[no-untyped-call]
+                (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
             return loss.detach()
         refuse_hooks(self, "train_step with loss_over='micro_batch'")
-        return self._micro_batch_step(inputs, targets, loss_fn, rows, schedule)
+        return self._micro_batch_step(inputs, targets, loss_fn, rows, schedule, scaler)
 
     def _micro_batch_step(
-        self, inputs: Any, targets: Any, loss_fn: LossFunction, rows: int, schedule: AnySchedule
+        self,
+        inputs: Any,
+        targets: Any,
+        loss_fn: LossFunction,
+        rows: int,
+        schedule: AnySchedule,
+        scaler: torch.amp.GradScaler | None,
     ) -> Tensor:
         with self._taken():
             parts = self._scattered(inputs)
             aims = scatter(self._on_last(targets), len(parts)) if has_rows(targets) else [targets] * len(parts)
             head = MicroBatchLoss(loss_fn, aims, split_sizes(rows, self.chunks))
             batch = self._mini_batch(len(parts), schedule, head)
-            summed, done = batch.forward_and_backward([Boundary.of(part) for part in parts])
+            summed, done = batch.forward_and_backward(
+                [Boundary.of(part) for part in parts], first_gradient(scaler, self.devices[-1])
+            )
             self.step += self.training
         (loss,) = attach(done, parts, [summed])
         if loss.requires_grad:
