@@ -116,7 +116,8 @@ class DistributedGPipe(SliceModule):
         self.metered = False
         self._averaging: Averaging | None = None
         if joined.share.position.group is not None:
-            self._averaging = Averaging(joined.share.position, self._averaged())
+            self._averaging = Averaging(joined.share.position, self._averaged(), self.device)
+            joined.wires.take_in(self._averaging.group, self._averaging.accelerated, self._averaging.busy)
         self._statistics: Statistics | None = {} if deferred_batch_norm else None
         if deferred_batch_norm:
             for _, cell in self._cells:
@@ -166,7 +167,7 @@ class DistributedGPipe(SliceModule):
             transport.flush()
             deliver(done, parts)
             self.step += self.training
-        return _mean(told).to(self.device)
+        return self._here(_mean(told))
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Scale down the gradients of all ranks where their norm together is larger. Called on every rank.
@@ -189,12 +190,12 @@ class DistributedGPipe(SliceModule):
             relay = Relay(self._share.position, transport)
             relay.start("clip_grad_norm_", "training" if self.training else "eval", self.step)
             relay.will_be_done()
-            named = [(name, p.grad) for name, p in self.named_parameters() if p.grad is not None]
-            told = relay.all_done({name: norms.norm(gradient, norm_type) for name, gradient in named})
+            named = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+            told = relay.all_done(norms.norms(named, norm_type))
             transport.flush()
-        total = norms.total([told[name] for name in self._in_order(told)], norm_type, error_if_nonfinite)
-        nn.utils.clip_grads_with_norm_(self.parameters(), max_norm, total.to(self.device))
-        return total.to(self.device)
+        total = self._here(norms.total([told[name] for name in self._in_order(told)], norm_type, error_if_nonfinite))
+        nn.utils.clip_grads_with_norm_(self.parameters(), max_norm, total)
+        return total
 
     def forward(self, inputs: Any = None) -> Any:
         """Run a mini-batch forward without graph, in the cells' present mode. Called on every rank.
@@ -351,6 +352,10 @@ class DistributedGPipe(SliceModule):
     def _averaged(self) -> list[Tensor]:
         """The parameters whose gradients this rank averages with the other replicas."""
         return [p for p in trainable(*self._modules_here) if p not in borrowed(self._share)]
+
+    def _here(self, number: Tensor) -> Tensor:
+        """A number on the CPU as one on the rank's device, for which the host does not wait."""
+        return torch.full((), number.item(), dtype=number.dtype, device=self.device)
 
     def _in_order(self, names: Iterable[str]) -> list[str]:
         """Names as the whole module has them, then the loss's."""

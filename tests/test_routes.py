@@ -17,6 +17,7 @@ from worlds import Raised, World
 
 from gpipe.ranks.direct import Direct, accelerator, direct
 from gpipe.ranks.group_transport import GroupTransport, Wires
+from gpipe.ranks.message_order import Passing
 from gpipe.ranks.routes import Route
 from gpipe.ranks.slot import ROOM
 from gpipe.transport import Aborted, Direction
@@ -32,12 +33,34 @@ def two():
     world.close()
 
 
+class Polled:
+    """A work of gloo's that is complete at some time, as NCCL's, not only when somebody has waited."""
+
+    def __init__(self, work):
+        self._ended = threading.Event()
+        threading.Thread(target=lambda: (work.wait(), self._ended.set()), daemon=True).start()
+
+    def wait(self):
+        self._ended.wait()
+
+    def is_completed(self):
+        return self._ended.is_set()
+
+
+class OverGloo(Direct):
+    def send(self, tensors):
+        return list(map(Polled, super().send(tensors)))
+
+    def receive(self, tensors):
+        return list(map(Polled, super().receive(tensors)))
+
+
 def wired(rank, straight=False):
     """Two routes from rank 0 to rank 1; straight: with gloo in the place of NCCL."""
     group = dist.new_group(backend="gloo")
     routes = {}
     for tag, key in enumerate(KEYS):
-        carrier = Direct(dist.new_group([0, 1], backend="gloo"), 0, 1) if straight else None
+        carrier = OverGloo(dist.new_group([0, 1], backend="gloo"), 0, 1) if straight else None
         routes[key] = Route(0, 1, tag, group, CPU, carrier)
     return Wires(rank, routes)
 
@@ -74,15 +97,15 @@ def pass_messages(rank, straight):
     found = []
     for step in (messages(), messages()[::-1], messages()):
         transport = GroupTransport(wires)
+        order = [Passing(*key, m) for m in range(len(step)) for key in (KEYS if m % 2 else KEYS[::-1])]
+        transport.follow(lambda order=order: order)
         if rank == 0:
-            for m, message in enumerate(step):
-                for key in KEYS if m % 2 else KEYS[::-1]:
-                    transport.send(*key, m, message)
+            for *key, m in order:
+                transport.send(*key, m, step[m])
         else:
             for key in KEYS:
                 transport.open(key, len(step))
-            order = list(range(len(step)))[::-1]
-            found += [[transport.receive(*key, m) for m in order][::-1] for key in KEYS]
+            found += [[transport.receive(*key, m) for m in range(len(step))[::-1]][::-1] for key in KEYS]
         transport.flush()
     wires.close()
     return found
@@ -138,6 +161,7 @@ def test_tensors_as_before_are_awaited_together_with_the_slot(two):
 def stop_midway(rank, straight):
     wires = wired(rank, straight)
     transport = GroupTransport(wires)
+    transport.follow(lambda: [Passing(*KEYS[0], m) for m in range(3)])
     gone = threading.Event()
     if rank == 0:
         transport.send(*KEYS[0], 0, [torch.ones(5000)])
@@ -166,24 +190,26 @@ def gloo_instead(new_group):
 
 def choose(rank):
     with mock.patch("gpipe.ranks.direct.dist.new_group", side_effect=gloo_instead(dist.new_group)) as made:
-        same = direct(0, 1, ["h GPU-1", "h GPU-1"], rank, CPU)
-        cpu = direct(0, 1, ["h GPU-1", ""], rank, CPU)
+        same = direct(0, 1, ["nccl h GPU-1", "nccl h GPU-1"], rank, CPU)
+        cpu = direct(0, 1, ["nccl h GPU-1", ""], rank, CPU)
+        other = direct(0, 1, ["nccl h GPU-1", "xccl h XPU-1"], rank, CPU)
         assert not made.called
-        own = direct(1, 0, ["h GPU-1", "h GPU-2"], rank, CPU)
+        own = direct(1, 0, ["nccl h GPU-1", "nccl h GPU-2"], rank, CPU)
     (call,) = made.call_args_list
     assert call.args == ([1, 0],)
-    return same, cpu, (own.source, own.target), call.kwargs, accelerator(CPU), accelerator(torch.device("cuda", 0))
+    return same, cpu, other, (own.source, own.target), call.kwargs, accelerator(CPU)
 
 
 def test_nccl_carries_what_passes_between_two_accelerators(two):
     for found in two.values(choose):
-        assert found == (None, None, (1, 0), {"backend": "nccl"}, "", "")
+        assert found == (None, None, None, (1, 0), {"backend": "nccl"}, "")
 
 
 def straight_pipe(rank, module, balance, **options):
     """A pipe with gloo in the place of NCCL, as if every rank had an accelerator."""
     with ExitStack() as stack:
-        stack.enter_context(mock.patch("gpipe.ranks.joining.accelerator", return_value=f"host GPU-{rank}"))
+        stack.enter_context(mock.patch("gpipe.ranks.joining.accelerator", return_value=f"nccl host GPU-{rank}"))
+        stack.enter_context(mock.patch("gpipe.ranks.direct.Direct", OverGloo))
         stack.enter_context(mock.patch("gpipe.ranks.direct.dist.new_group", side_effect=gloo_instead(dist.new_group)))
         pipe = wrapped(module, balance, 4, F.mse_loss, loss_over="micro_batch", **options)
     ends = [*pipe._calls.wires.outgoing.values(), *pipe._calls.wires.incoming.values()]

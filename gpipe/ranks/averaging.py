@@ -6,7 +6,8 @@ rank has done its own backwards, while others still work.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,10 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gpipe.memory import window
+from gpipe.ranks.direct import UnderWay, backend
 from gpipe.ranks.mesh import Position
 from gpipe.ranks.routes import ConnectionLost
 
 _BUCKET = 25 * 2**20  # bytes of gradients that are summed at a time
+_PAUSE = 1e-4  # seconds between two looks whether a sum is there
 
 
 class Averaging:
@@ -26,12 +29,18 @@ class Averaging:
     Args:
         position: Where the rank stands.
         parameters: Those that are averaged: trainable, the same on all replicas.
+        device: Where they live.
     """
 
-    def __init__(self, position: Position, parameters: Sequence[Tensor]) -> None:
-        self._position = position
+    def __init__(self, position: Position, parameters: Sequence[Tensor], device: torch.device) -> None:
+        assert position.group is not None
+        self.group = position.group
+        self.accelerated = device.type != "cpu" and backend(device, position.group) != "gloo"
+        """Whether an accelerator, not the host, waits for the other replicas."""
         self._parameters = parameters
+        self._under_way = UnderWay()
         self._due = False
+        self._there: list[bool] = []
         self._works: list[dist.Work] = []
         self._sums: list[Tensor] = []
 
@@ -71,21 +80,24 @@ class Averaging:
         if not self._parameters:
             return
         gradients = gradients if rows else [None] * len(gradients)  # 0 rows times what is no number is none either
-        there = [g is not None for g in gradients]
-        self._sums = [torch.tensor(there, dtype=torch.float32, device=self._parameters[0].device)]
+        self._there = [g is not None for g in gradients]
+        self._sums = [_flags(self._there, self._parameters[0].device)]
         for bucket in _buckets(self._parameters):
             dtype = torch.promote_types(self._parameters[bucket[0]].dtype, torch.float32)
             flat = [_or_zeros(gradients[i], self._parameters[i]).reshape(-1).to(dtype) for i in bucket]
             self._sums.append(torch.cat(flat).mul_(rows))
-        group = self._position.group
-        self._works = [dist.all_reduce(t, group=group, async_op=True) for t in self._sums]
+        with _connected():
+            self._works = [dist.all_reduce(t, group=self.group, async_op=True) for t in self._sums]
+        if self.accelerated:
+            self._under_way.keep(self._works, self._sums)
 
-    def end(self, gradients: Sequence[Tensor | None], rows: int) -> list[Tensor | None]:
-        """Wait for the sums.
+    def end(self, gradients: Sequence[Tensor | None], rows: int, check: Callable[[], None]) -> list[Tensor | None]:
+        """Wait for the sums; where accelerators add up, their current stream does.
 
         Args:
             gradients: As begun with.
             rows: Of all replicas together.
+            check: Raises if the step was given up.
 
         Returns:
             For every parameter the mean over all rows; None where no replica had a gradient.
@@ -93,10 +105,10 @@ class Averaging:
         with _connected():
             for work in self._works:
                 work.wait()
-        there, *sums = self._sums or [torch.empty(0)]
+        used = self._used(check)
+        sums = self._sums[1:]
         self._works, self._sums = [], []
         means: list[Tensor | None] = [None] * len(self._parameters)
-        used = there.tolist()
         for bucket, flat in zip(_buckets(self._parameters), sums, strict=True):
             parts = torch.split(flat.div_(rows), [self._parameters[i].numel() for i in bucket])
             for i, part in zip(bucket, parts, strict=True):
@@ -105,23 +117,52 @@ class Averaging:
                     means[i] = torch.empty_like(like).copy_(part.view(like.shape))
         return means
 
+    def _used(self, check: Callable[[], None]) -> list[bool]:
+        """For every parameter whether a replica had a gradient: known here, or read once it is there."""
+        if all(self._there):
+            return self._there
+        while self.accelerated and not self._works[0].is_completed():  # to read would wait for a rank that is gone
+            check()
+            time.sleep(_PAUSE)
+        return [count > 0 for count in self._sums[0].tolist()]
+
     def give_up(self) -> None:
         """Release the replicas that count on this one: what they get, nobody uses."""
-        if self._due:
+        if self._due and not self.accelerated:
             self.begin([None] * len(self._parameters), 0)
+
+    def busy(self) -> bool:
+        """Whether accelerators still add up."""
+        return self._under_way.count() > 0
 
 
 def equalise(tensors: Sequence[Tensor], position: Position) -> None:
-    """Give every replica the first one's values, whatever their type and layout."""
-    for tensor in tensors:
-        place = _without_overlap(tensor.detach())
-        own = place.resolve_conj().resolve_neg().contiguous()  # gloo takes any tensor for plain, dense memory
-        memory = own.reshape(-1).view(torch.uint8)
-        received = memory.clone()
+    """Give every replica the first one's values, whatever their type and layout, in few broadcasts.
+
+    On the CPU a tensor is written to only where it differs: whoever has used it keeps what it knows of it.
+    """
+    first = position.grid[0][position.worker]
+    every = [_without_overlap(t.detach()) for t in tensors if t.numel()]
+    for bucket in _buckets(every, one_type=False):
+        places = [every[i] for i in bucket]
+        dense = [p.resolve_conj().resolve_neg().contiguous() for p in places]  # gloo takes any for plain, dense memory
+        own = torch.cat([d.reshape(-1).view(torch.uint8) for d in dense])
+        received = own.clone()
         with _connected():
-            dist.broadcast(received, src=position.grid[0][position.worker], group=position.group)
-        if not torch.equal(received, memory):
-            place.copy_(received.view(own.dtype).view(own.shape))
+            dist.broadcast(received, src=first, group=position.group)
+        if position.rank == first:
+            continue
+        sizes = [d.nbytes for d in dense]
+        for place, old, new, like in zip(
+            places, torch.split(own, sizes), torch.split(received, sizes), dense, strict=True
+        ):
+            if place.device.type != "cpu" or not torch.equal(new, old):
+                place.copy_(_as(new, like))
+
+
+def _as(memory: Tensor, like: Tensor) -> Tensor:
+    """Bytes as what they are of, in memory of their own, for they may stand at any address."""
+    return memory.clone().view(like.dtype).view(like.shape)
 
 
 def _without_overlap(tensor: Tensor) -> Tensor:
@@ -141,18 +182,28 @@ def _connected() -> Iterator[None]:
         raise ConnectionLost(f"a replica of this rank's stages cannot be reached: {error}") from error
 
 
+def _flags(values: Sequence[bool], device: torch.device) -> Tensor:
+    """The values as numbers; the host does not wait for an accelerator."""
+    if all(values):
+        return torch.ones(len(values), device=device)
+    found = torch.tensor(values, dtype=torch.float32, pin_memory=device.type != "cpu")
+    return found.to(device, non_blocking=True)
+
+
 def _or_zeros(gradient: Tensor | None, parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if gradient is None else gradient.detach()
 
 
-def _buckets(parameters: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of parameters that are summed together: of one type and device, up to so many bytes."""
+def _buckets(tensors: Sequence[Tensor], one_type: bool = True) -> list[list[int]]:
+    """Indices of neighbours that go together: of one device and, if so asked, type, up to so many bytes."""
     found: list[list[int]] = []
-    for i, p in enumerate(parameters):
-        last = [parameters[j] for j in found[-1]] if found else []
-        alike = bool(last) and (last[0].dtype, last[0].device) == (p.dtype, p.device)
-        if alike and sum(q.nbytes for q in last) + p.nbytes <= _BUCKET:
+    size, kind = 0, None
+    for i, t in enumerate(tensors):
+        before, kind = kind, (t.device, t.dtype if one_type else None)
+        if kind == before and size + t.nbytes <= _BUCKET:
             found[-1].append(i)
+            size += t.nbytes
         else:
             found.append([i])
+            size = t.nbytes
     return found

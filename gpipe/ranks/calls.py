@@ -32,13 +32,17 @@ class Calls:
         self._failure: Failure | None = None
 
     def close(self) -> None:
-        """Let the threads end, and wait a moment: one that is still in torch when the interpreter ends aborts it."""
+        """Let the threads end, and wait a moment: one that is still in torch when the interpreter ends aborts it.
+
+        Then the groups are destroyed.
+        """
         self.wires.close()
         self._board.close()
         deadline = time.monotonic() + _PATIENCE
         for thread in (*self.wires.threads, self._board.thread):
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
+        self.wires.destroy(deadline)
 
     @contextmanager
     def running(self, step: int) -> Iterator[GroupTransport]:
@@ -59,12 +63,20 @@ class Calls:
                 yield transport
         except (Aborted, ConnectionLost) as error:
             self._leave(transport)
-            self._fail_after(transport.loss or error, step)
+            found = transport.loss or error
+            if not isinstance(found, (Aborted, ConnectionLost)):  # in a thread of this rank that sends or receives
+                self._fail(found, step)
+                raise found from None
+            self._fail_after(found, step)
         except BaseException as error:
             self._leave(transport)
-            self._failure = Failure.of(error, self._rank, step)
-            self._board.post(self._failure)
+            self._fail(error, step)
             raise
+
+    def _fail(self, error: BaseException, step: int) -> None:
+        """Tell the others that this rank failed."""
+        self._failure = Failure.of(error, self._rank, step)
+        self._board.post(self._failure)
 
     def _leave(self, transport: GroupTransport) -> None:
         """Let nobody wait for this rank."""

@@ -1,11 +1,12 @@
-"""Tensors straight from accelerator to accelerator, over NCCL, where the ends of a route have one each.
+"""Tensors straight from accelerator to accelerator, where the ends of a route have one each.
 
-NCCL's messages carry no tags: what two ranks exchange matches in the order in which either issues it. Each route has
-a communicator of its own, and its ends issue what belongs to its messages in the order of their slots, from one thread
-each. Neither opposite directions nor two routes of the same ranks wait for each other.
+What carries them, NCCL or what other vendors have in its place, knows no tags: what two ranks exchange matches in the
+order in which either issues it. Each route has a communicator of its own; all that a rank issues, on whichever of them,
+comes from the one thread that runs its stages, in the order of ``message_order.py``.
 
-A send is issued when what it sends has been computed, a receive when the message's slot has come: what waits on the
-accelerators waits for the other end's thread, never for computation.
+Whatever is issued waits on the accelerator, not the host. A send waits for what computes it, and nothing waits for it.
+A receive is issued ahead, on a stream that computes nothing, and waits for its sender alone; the computation waits for
+it where the message is used.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,37 +34,80 @@ class Direct:
     source: int
     target: int
 
-    def send(self, tensors: Sequence[Tensor]) -> None:
-        """Send; on an accelerator its current stream waits until they have gone, elsewhere the caller."""
-        _ended([dist.isend(t, self.target, self.group) for t in tensors])
+    def send(self, tensors: Sequence[Tensor]) -> list[dist.Work]:
+        """Begin to send what the current stream computes; the tensors are to be kept until the works are complete."""
+        return _begun([dist.isend(t, self.target, self.group) for t in tensors])
 
-    def receive(self, tensors: Sequence[Tensor]) -> None:
-        """Receive; on an accelerator its current stream waits until they have come, elsewhere the caller."""
-        _ended([dist.irecv(t, self.source, self.group) for t in tensors])
+    def receive(self, tensors: Sequence[Tensor]) -> list[dist.Work]:
+        """Begin to receive, into memory of the current stream; whoever waits for a work has its stream wait."""
+        return _begun([dist.irecv(t, self.source, self.group) for t in tensors])
 
     def greet(self, rank: int, device: torch.device) -> None:
         """Pass a byte, which makes the communicator: later it would be made beside kernels that wait for others."""
         byte = [torch.zeros(1, dtype=torch.uint8, device=device)]
-        (self.send if rank == self.source else self.receive)(byte)
+        for work in (self.send if rank == self.source else self.receive)(byte):
+            work.wait()
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
 
-    def abort(self) -> None:
-        """End what waits for a rank that is gone."""
-        self.group.abort()
+
+def _begun(works: Sequence[dist.Work | None]) -> list[dist.Work]:
+    begun = [work for work in works if work is not None]
+    assert len(begun) == len(works)
+    return begun
 
 
-def _ended(works: Sequence[dist.Work | None]) -> None:
-    for work in works:
-        assert work is not None
-        work.wait()
+class UnderWay:
+    """What an accelerator still sends or receives: its memory is kept until that is done."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[Sequence[dist.Work], Sequence[Tensor]]] = {}
+
+    def keep(self, works: Sequence[dist.Work], tensors: Sequence[Tensor]) -> None:
+        """Keep ``tensors`` until ``works`` are complete, or released."""
+        self._kept[id(works)] = works, tensors
+
+    def release(self, works: Sequence[dist.Work]) -> None:
+        """Let go of what was kept for ``works``: somebody else keeps it."""
+        self._kept.pop(id(works), None)
+
+    def count(self) -> int:
+        """How many are not complete yet; the memory of all others is let go. The host does not wait."""
+        done = [key for key, (works, _) in self._kept.items() if all(map(_over, works))]
+        for key in done:
+            del self._kept[key]
+        return len(self._kept)
+
+
+def _over(work: dist.Work) -> bool:
+    try:
+        return bool(work.is_completed())
+    except RuntimeError:  # aborted
+        return True
+
+
+def backend(device: torch.device, group: dist.ProcessGroup | None = None) -> str:
+    """What carries tensors of ``device`` between the ranks of ``group``, or the world: "nccl", say; "" if nothing."""
+    carriers = dict(pair.split(":", 1) for pair in dist.get_backend_config(group).split(",") if ":" in pair)
+    return carriers.get(device.type, "")
 
 
 def accelerator(device: torch.device) -> str:
-    """What tells the accelerator of this rank from all others of the world; "" if NCCL is not to be used with it."""
-    if device.type != "cuda" or "cuda:nccl" not in dist.get_backend_config():
+    """What carries this rank's tensors to other accelerators, and what tells its own from all others of the world.
+
+    "" if they go through the host: on a CPU, and in a world that has gloo alone.
+    """
+    carrier = "" if device.type == "cpu" else backend(device)
+    if carrier in ("", "gloo"):
         return ""
-    return f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
+    return f"{carrier} {socket.gethostname()} {_identity(device)}"
+
+
+def _identity(device: torch.device) -> str:
+    """The device's own name, where it has one: processes may each see another as their first."""
+    properties: Any = getattr(torch.get_device_module(device), "get_device_properties", None)
+    found = getattr(properties(device), "uuid", None) if properties else None
+    return str(device) if found is None else str(found)
 
 
 def direct(source: int, target: int, accelerators: Sequence[str], rank: int, device: torch.device) -> Direct | None:
@@ -80,7 +125,10 @@ def direct(source: int, target: int, accelerators: Sequence[str], rank: int, dev
     ends = accelerators[source], accelerators[target]
     if source == target or not all(ends) or ends[0] == ends[1]:
         return None
-    group = dist.new_group([source, target], backend="nccl")
+    carriers = [end.split()[0] for end in ends]
+    if carriers[0] != carriers[1]:
+        return None
+    group = dist.new_group([source, target], backend=carriers[0])
     if rank not in (source, target):
         return None
     assert isinstance(group, dist.ProcessGroup)

@@ -26,6 +26,7 @@ class Flush:
         self._values = SharedValues(share.shared, share.position, transport)
         self._borrowed = borrowed(share)
         self._averaging = averaging
+        self._check = transport.check
 
     def begin(self, done: Finished, parts: Mapping[Tensor, Sequence[Tensor | None]], rows: int) -> None:
         """Start, when the rank's own backwards are done.
@@ -43,7 +44,7 @@ class Flush:
     def end(self, rows: int) -> None:
         """Bring the gradients into ``done``, when all ranks have begun; ``rows`` are those of all replicas."""
         if self._averaging is not None:
-            means = iter(self._averaging.end(self._averaged(), rows))
+            means = iter(self._averaging.end(self._averaged(), rows, self._check))
             self._place({p: next(means) for p in self._done.parameters if p not in self._borrowed})
         by_parameter = self._by_parameter()
         self._place(self._values.handed_out({p: by_parameter.get(p) for p in self._owned}))

@@ -180,7 +180,7 @@ class _Joining:
             self._settings.loss_fn.to(self._device)
         alone = len(mine) == 1
         stages = {k: Stage(k, self._groups[k], self._ends[k], self._device, alone, self._ways[k]) for k in mine}
-        self._share = Share(self._position, self._hosts, stages, self._device, tied, shared)
+        self._share = Share(self._position, self._hosts, self._ways, stages, self._device, tied, shared)
         return {}
 
     def join(self, seed: int, store: Store) -> Joined:

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-
-def norm(gradient: Tensor, norm_type: float) -> Tensor:
-    """The norm of one gradient, on the CPU."""
-    found: Tensor = torch.linalg.vector_norm(gradient.detach(), norm_type)
-    return found.cpu()
+Norm = tuple[float, torch.dtype]
 
 
-def total(norms: Sequence[Tensor], norm_type: float, error_if_nonfinite: bool) -> Tensor:
+def norms(gradients: Mapping[str, Tensor], norm_type: float) -> dict[str, Norm]:
+    """The norm of each gradient and its type; the host waits once for every device and type.
+
+    Args:
+        gradients: By name.
+        norm_type: p of the p-norm.
+    """
+    kinds: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+    for name, gradient in gradients.items():
+        kinds.setdefault((gradient.device, gradient.dtype), []).append(name)
+    found: dict[str, Norm] = {}
+    for names in kinds.values():
+        each = torch._foreach_norm([gradients[name].detach() for name in names], norm_type)
+        values = torch.stack(each)
+        found.update(zip(names, [(value, values.dtype) for value in values.tolist()], strict=True))
+    return found
+
+
+def total(norms: Sequence[Norm], norm_type: float, error_if_nonfinite: bool) -> Tensor:
     """The norm of all gradients together.
 
     Args:
@@ -25,7 +40,9 @@ def total(norms: Sequence[Tensor], norm_type: float, error_if_nonfinite: bool) -
     Raises:
         RuntimeError: It is not.
     """
-    found = torch.linalg.vector_norm(torch.stack(list(norms)), norm_type) if norms else torch.tensor(0.0)
+    dtype = reduce(torch.promote_types, [dtype for _, dtype in norms], norms[0][1] if norms else torch.float32)
+    values = torch.tensor([value for value, _ in norms], dtype=dtype)
+    found = torch.linalg.vector_norm(values, norm_type) if norms else torch.tensor(0.0)
     if error_if_nonfinite and not found.isfinite():
         raise RuntimeError(
             f"the norm of all gradients is {found.item()}, so they cannot be clipped: look for values in data or loss "

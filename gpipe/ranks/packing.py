@@ -132,45 +132,84 @@ class Arrival:
 
     def __post_init__(self) -> None:
         self._header: _Header = pickle.loads(self.header)
-        self._memory: list[Tensor] = []
-        self._dense: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], Tensor] = {}
-        self.buffers: list[Tensor] = []
-        """Tensors of bytes, to be filled with what was packed, in order."""
-        for number, piece in enumerate(self._header.pieces):
-            at = self.device if self.direct and piece.moves else torch.device("cpu")
-            pinned = self.device.type != "cpu" and at.type == "cpu"
-            memory = torch.empty(piece.shift + piece.size, dtype=piece.dtype, device=at, pin_memory=pinned)
-            self._memory.append(memory)
-            if not piece.dense:
-                self.buffers.append(memory[piece.shift :].view(torch.uint8))
-                continue
-            for leaf in self._header.leaves:
-                if isinstance(leaf, _Placed) and leaf.piece == number and _key(leaf) not in self._dense:
-                    part = torch.empty(leaf.shape, dtype=piece.dtype, device=at)
-                    self._dense[_key(leaf)] = part
-                    self.buffers.append(part.view(-1).view(torch.uint8))
+        self._memory: dict[int, Tensor] = {}
+        self._parts: dict[int, dict[_Placed, Tensor]] = {}  # of a dense piece
+        self.buffers = [
+            b for n in range(len(self._header.pieces)) if not self._comes_directly(n) for b in self._room(n)
+        ]
+        """Tensors of bytes on the CPU, to be filled with what was packed, in order."""
+
+    @property
+    def number(self) -> int:
+        """Of all tensors that were packed."""
+        return sum(len(self._keys(n)) if p.dense else 1 for n, p in enumerate(self._header.pieces))
+
+    @property
+    def has_direct(self) -> bool:
+        """Whether there are tensors that come to the device."""
+        return any(map(self._comes_directly, range(len(self._header.pieces))))
+
+    def direct_buffers(self) -> list[Tensor]:
+        """Memory on the device, of its current stream, for the tensors that come there; to be called once.
+
+        Raises:
+            torch.OutOfMemoryError: It has no room.
+        """
+        return [b for n in range(len(self._header.pieces)) if self._comes_directly(n) for b in self._room(n)]
+
+    def move(self) -> None:
+        """Begin to move what has come to the CPU to where it is to live, in order with the device's current stream."""
+        for number in [n for n in self._memory if not self._comes_directly(n)]:
+            self._spread(number)
+            if self._header.pieces[number].moves and self.device.type != "cpu":
+                self._memory[number] = self._memory[number].to(self.device, non_blocking=True)
 
     def message(self) -> Message:
-        """What was packed, once the buffers are filled; on an accelerator in order with its current stream."""
-        for (number, offset, shape, stride), part in self._dense.items():
-            shift = self._header.pieces[number].shift
-            self._memory[number].as_strided(shape, stride, shift + offset).copy_(part)
-        memory = [self._home(m, p.moves) for m, p in zip(self._memory, self._header.pieces, strict=True)]
-        leaves = [self._leaf(leaf, memory) for leaf in self._header.leaves]
+        """What was packed, once all buffers are filled and moved; on an accelerator for its current stream."""
+        for number in [n for n in self._memory if self._comes_directly(n)]:
+            self._spread(number)
+        leaves = [self._leaf(leaf) for leaf in self._header.leaves]
         return leaves if self._header.frame is None else Boundary(tuple(leaves), *self._header.frame)
 
-    def _home(self, tensor: Tensor, moves: bool) -> Tensor:
-        return tensor.to(self.device, non_blocking=True) if moves and self.device.type != "cpu" else tensor
+    def record(self, stream: torch.Stream) -> None:
+        """Keep the memory on the device until ``stream`` has used it."""
+        for tensor in (*self._memory.values(), *(part for parts in self._parts.values() for part in parts.values())):
+            if tensor.device.type != "cpu":
+                tensor.record_stream(stream)
 
-    def _leaf(self, leaf: _Value | _Empty | _Placed, memory: Sequence[Tensor]) -> Any:
+    def _comes_directly(self, number: int) -> bool:
+        return self.direct and self._header.pieces[number].moves
+
+    def _room(self, number: int) -> list[Tensor]:
+        """Memory for a piece; gives what of it is to be filled, as bytes."""
+        piece = self._header.pieces[number]
+        at = self.device if self._comes_directly(number) else torch.device("cpu")
+        pinned = self.device.type != "cpu" and at.type == "cpu"
+        memory = torch.empty(piece.shift + piece.size, dtype=piece.dtype, device=at, pin_memory=pinned)
+        self._memory[number] = memory
+        if not piece.dense:
+            return [memory[piece.shift :].view(torch.uint8)]
+        parts = {key: torch.empty(key.shape, dtype=piece.dtype, device=at) for key in self._keys(number)}
+        self._parts[number] = parts
+        return [part.view(-1).view(torch.uint8) for part in parts.values()]
+
+    def _keys(self, number: int) -> list[_Placed]:
+        """The tensors of a dense piece, each once."""
+        return list(
+            dict.fromkeys(leaf for leaf in self._header.leaves if isinstance(leaf, _Placed) and leaf.piece == number)
+        )
+
+    def _spread(self, number: int) -> None:
+        """Put the tensors of a dense piece in their places."""
+        shift = self._header.pieces[number].shift
+        for key, part in self._parts.get(number, {}).items():
+            self._memory[number].as_strided(key.shape, key.stride, shift + key.offset).copy_(part)
+
+    def _leaf(self, leaf: _Value | _Empty | _Placed) -> Any:
         if isinstance(leaf, _Value):
             return leaf.value
         if isinstance(leaf, _Empty):
             device = self.device if leaf.moves else "cpu"
             return torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device=device)
         shift = self._header.pieces[leaf.piece].shift
-        return memory[leaf.piece].as_strided(leaf.shape, leaf.stride, shift + leaf.offset)
-
-
-def _key(leaf: _Placed) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
-    return leaf.piece, leaf.offset, leaf.shape, leaf.stride
+        return self._memory[leaf.piece].as_strided(leaf.shape, leaf.stride, shift + leaf.offset)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from gpipe.metering import Meters
 from gpipe.microbatch import gather
 from gpipe.minibatch import Finished
 from gpipe.ranks.group_transport import GroupTransport
+from gpipe.ranks.message_order import Passing, message_order
 from gpipe.ranks.share import Share
 from gpipe.recording import Recording
 from gpipe.schedule import Action, Kind, Schedule
@@ -27,7 +29,10 @@ from gpipe.stage import Flight, Head
 from gpipe.tied import Replicas, added
 from gpipe.transport import CALLER, Direction, Drain, Supply
 from gpipe.two_pass import passes, window
+from gpipe.ways import Ways
 from gpipe.worker import Work, perform
+
+Part = Literal["before", "after", "all"]  # of a schedule: the loss over the mini-batch stands between the first two
 
 
 class RankBatch:
@@ -99,7 +104,8 @@ class RankBatch:
         if self._two_pass and self._share.is_first:
             self._supply = Supply(inputs, self.recording.meters)
         self._enter(inputs)
-        self._perform(self._halves[0], self._context, window=self._window)
+        self._follow("before")
+        self._perform(self._actions("before"), self._context, window=self._window)
         return self._left()
 
     def backward(self, output_gradients: list[Gradients]) -> Finished:
@@ -118,8 +124,9 @@ class RankBatch:
             gradients = output_gradients.pop()
             self._transport.send(CALLER, self._share.last, Direction.BACKWARD, len(output_gradients), gradients)
             del gradients
+        self._follow("after")
         with collected(self._parameters) as totals, self._found.restored() if self._found else nullcontext():
-            self._perform(self._halves[1], self._context.without_autocast(), repeats=self._two_pass)
+            self._perform(self._actions("after"), self._context.without_autocast(), repeats=self._two_pass)
             self._add_up()
         return self._finished(totals)
 
@@ -134,8 +141,9 @@ class RankBatch:
         if self._share.is_last:
             for m in self._micro_batches:
                 self._transport.send(CALLER, self._share.last, Direction.BACKWARD, m, [scale])
+        self._follow("all")
         with collected(self._parameters) as totals:
-            self._perform(self._schedule.workers[self._share.worker], self._context.without_autocast())
+            self._perform(self._actions("all"), self._context.without_autocast())
             self._add_up()
         return self._left(), self._finished(totals)
 
@@ -166,13 +174,15 @@ class RankBatch:
             self._transport.open((share.last, CALLER, Direction.FORWARD))
             self._transport.open((CALLER, share.last, Direction.BACKWARD), meters=meters)
 
-    @property
-    def _halves(self) -> tuple[Sequence[Action], Sequence[Action]]:
-        """What this rank does before the loss, and after."""
-        own = self._schedule.workers[self._share.worker]
-        if self._two_pass:
-            return passes(self._schedule)[0][self._share.worker], own
-        return [a for a in own if a.kind == Kind.FORWARD], [a for a in own if a.kind != Kind.FORWARD]
+    def _actions(self, part: Part) -> Sequence[Action]:
+        """What this rank does."""
+        return _performed(self._schedule, self._share.worker, part, self._two_pass)
+
+    def _follow(self, part: Part) -> None:
+        """Let what passes between accelerators be issued in the order in which it comes."""
+        hosts, ways = tuple(self._share.hosts), tuple(self._share.ways)
+        window = self._window if part == "before" else None
+        self._transport.follow(lambda: _order(self._schedule, part, self._two_pass, hosts, ways, window))
 
     def _enter(self, inputs: Sequence[Boundary]) -> None:
         if self._supply is not None:
@@ -210,6 +220,23 @@ class RankBatch:
             for stage in self._share.stages.values():
                 guards.enter_context(stage.draws.guard(str(stage)))
             perform(work, actions, self.recording.spans[0])
+
+
+def _performed(schedule: Schedule, worker: int, part: Part, two_pass: bool) -> Sequence[Action]:
+    """What a worker does before the loss over the mini-batch, after it, or altogether where there is none."""
+    own = schedule.workers[worker]
+    if two_pass:
+        return passes(schedule)[0][worker] if part == "before" else own
+    return own if part == "all" else [a for a in own if (a.kind == Kind.FORWARD) == (part == "before")]
+
+
+@lru_cache(maxsize=64)
+def _order(
+    schedule: Schedule, part: Part, two_pass: bool, hosts: tuple[int, ...], ways: tuple[Ways, ...], window: int | None
+) -> list[Passing]:
+    """The order of the messages of all workers."""
+    workers = [_performed(schedule, worker, part, two_pass) for worker in range(len(schedule.workers))]
+    return message_order(workers, hosts, ways, window)
 
 
 def deliver(done: Finished, parts: Sequence[Any]) -> None:

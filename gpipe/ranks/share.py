@@ -11,6 +11,7 @@ from gpipe.ranks.mesh import Position
 from gpipe.ranks.tied_ranks import Shared
 from gpipe.stage import Stage
 from gpipe.tied import Tied
+from gpipe.ways import Ways
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Share:
     Attributes:
         position: Where the rank stands; its worker performs the schedule's actions of that number.
         hosts: For every stage of the pipeline the worker that hosts it.
+        ways: For every stage its skip connections.
         stages: The rank's own by their index.
         device: Where they live.
         tied: Parameters of several cells that this rank has, with the places in its own stages.
@@ -28,6 +30,7 @@ class Share:
 
     position: Position
     hosts: Sequence[int]
+    ways: Sequence[Ways]
     stages: Mapping[int, Stage]
     device: torch.device
     tied: Sequence[Tied] = ()
