@@ -16,7 +16,7 @@ def seed():
 
 def pytest_collection_modifyitems(items):
     """Files with slow tests first: at the end the other workers would wait for whoever has one of them."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("rare")}
     items.sort(key=lambda item: item.path not in slow)
 
 
