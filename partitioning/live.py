@@ -80,7 +80,7 @@ def _address(tensor: Tensor) -> int:
 
 
 class AllocatedBytes:
-    """The same as the allocator of an accelerator tells it; workspaces inside operators are in it.
+    """The same as the allocator of an accelerator tells it; workspaces that operators take meanwhile are in it.
 
     Args:
         device: The accelerator. Nothing else may use it meanwhile.
@@ -111,4 +111,28 @@ class AllocatedBytes:
 
 def meter(device: torch.device) -> LiveBytes | AllocatedBytes:
     """What counts the bytes on ``device``."""
-    return LiveBytes() if device.type in ("cpu", "meta") else AllocatedBytes(device)
+    return AllocatedBytes(device) if allocator_tells(device) else LiveBytes()
+
+
+def allocator_tells(device: torch.device) -> bool:
+    """Whether ``device`` is an accelerator whose allocator tells what is held; some kinds' do not."""
+    if device.type in ("cpu", "meta"):
+        return False
+    try:
+        torch.accelerator.memory_allocated(device)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def warm(device: torch.device) -> None:
+    """Have an accelerator's libraries take the workspaces they keep: for this thread, and for autograd's.
+
+    The first product in a thread does; cells are then not charged with it.
+    """
+    if device.type in ("cpu", "meta"):
+        return
+    with torch.inference_mode(False), torch.enable_grad():
+        x, weight, bias = (torch.ones(shape, device=device, requires_grad=True) for shape in ((16, 16), (16, 16), 16))
+        torch.nn.functional.linear(x, weight, bias).sum().backward()  # type: ignore[no-untyped-call]
+    torch.accelerator.synchronize(device)

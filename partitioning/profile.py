@@ -18,9 +18,10 @@ from gpipe.partitioning.alone import Alone, Waiting, alone, cut
 from gpipe.partitioning.cells import cells_of
 from gpipe.partitioning.cost import CellCost
 from gpipe.partitioning.footprint import Footprint, footprint
+from gpipe.partitioning.live import warm
 from gpipe.partitioning.owned import Owned, owned_bytes
 from gpipe.partitioning.sample import first_micro_batch, sample_device
-from gpipe.partitioning.timing import in_company, located, rounds
+from gpipe.partitioning.timing import Seconds, in_company, located, one_by_one, rounds
 
 
 def profile(
@@ -43,7 +44,8 @@ def profile(
         sample: A mini-batch of inputs: any pytree of tensors (rows, ...), all on one device.
         device: Where to measure; by default where ``sample`` is.
         chunks: Number of micro-batches; the first, largest one of ``sample`` is measured.
-        repeats: Counted rounds over all cells, after one of warm-up, at least; seconds are medians.
+        repeats: Counted rounds of every cell, after one of warm-up, at least; seconds are medians. On an accelerator
+            they are the device's, which is kept busy: launching counts only where it takes longer.
         timeout: Seconds to go on with further rounds.
         company: On the CPU, other threads that run the same cells all the while: stages that share the processor.
 
@@ -60,22 +62,31 @@ def profile(
     cells, inputs, target = _prepared(module, sample, device, chunks)
     with _random_state_kept(target):
         bytes_ = owned_bytes(cells, _footprints(cells, inputs, target))
-        end = perf_counter() + timeout
-        with in_company(company if target.type == "cpu" else 0, cells, inputs):
-            timed = rounds(cells, inputs, target)
-            seconds = list(islice(timed, repeats))
-            while perf_counter() < end:
-                seconds.append(next(timed))
+        if target.type == "cpu":
+            seconds = _on_the_cpu(cells, inputs, repeats, timeout, company)
+        else:
+            seconds = one_by_one(cells, inputs, target, repeats, timeout)
     return [
         CellCost(
             name=cell.name,
-            forward_seconds=median(one[i].forward for one in seconds),
-            backward_seconds=median(one[i].backward for one in seconds),
+            forward_seconds=median(one.forward for one in seconds[i]),
+            backward_seconds=median(one.backward for one in seconds[i]),
             parameter_bytes=sum(p.numel() * p.element_size() for p in cell.parameters()),
             **bytes_[i]._asdict(),
         )
         for i, cell in enumerate(cells)
     ]
+
+
+def _on_the_cpu(cells: list[Alone], inputs: Any, repeats: int, timeout: float, company: int) -> list[list[Seconds]]:
+    """Per cell the seconds of its rounds."""
+    end = perf_counter() + timeout
+    with in_company(company, cells, inputs):
+        timed = rounds(cells, inputs)
+        found = list(islice(timed, repeats))
+        while perf_counter() < end:
+            found.append(next(timed))
+    return [list(one) for one in zip(*found, strict=True)]
 
 
 def owned(module: nn.Module, sample: Any, *, device: torch.device | str | None = None, chunks: int = 1) -> list[Owned]:
@@ -98,6 +109,7 @@ def _prepared(
 
 def _footprints(cells: list[Alone], value: Any, device: torch.device) -> list[Footprint]:
     """Of each cell on what those before gave; one of them is on the device at a time."""
+    warm(device)
     found = []
     waiting: Waiting = {}
     for cell in cells:

@@ -8,12 +8,14 @@ from collections.abc import Iterable
 
 import torch
 
+from gpipe.partitioning.live import allocator_tells
+
 
 def peak_memory(devices: Iterable[torch.device]) -> dict[str, int]:
-    """The most bytes held so far: by the process, and on each accelerator among ``devices``."""
+    """The most bytes held so far: by the process, and on each accelerator among ``devices`` whose allocator tells."""
     unit = 1 if sys.platform == "darwin" else 1024
     peaks = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     for device in devices:
-        if device.type != "cpu":
+        if allocator_tells(device):
             peaks[str(device).replace(":", "_")] = torch.accelerator.max_memory_allocated(device)
     return peaks
