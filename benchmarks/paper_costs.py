@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 
+from benchmarks.language_loss import WithLoss
 from gpipe.costs import Link
 from gpipe.models.amoebanet import amoebanet_d
 from gpipe.models.resnet import resnet
@@ -43,20 +44,6 @@ def tpu() -> tuple[Speed, Link]:
 # --- costs of the papers' models --------------------------------------------------------------------------------------
 
 
-class _WithLoss(nn.Module):
-    """A language model's last cell and its loss, by micro-batch: no stage holds the logits of the whole mini-batch."""
-
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        self.head = head
-
-    def forward(self, inputs: Any) -> Tensor:
-        logits = self.head(inputs).flatten(0, 1)
-        targets = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-        loss = nn.functional.cross_entropy(logits, targets, reduction="none")
-        return loss.view(inputs[0].shape[:2]).mean(1)
-
-
 @cache
 def amoebanet(layers: int, filters: int, speed: Speed, rows: int = 1) -> list[CellCost]:
     """The costs of AmoebaNet-D's cells for a micro-batch of so many images of 224 x 224."""
@@ -77,7 +64,7 @@ def _transformer_cells(speed: Speed) -> tuple[CellCost, CellCost, CellCost]:
     """Embedding, layer and output layer, for one text."""
     with torch.device("meta"):
         *cells, head = gpipe_table1(2)
-        module = nn.Sequential(*cells, _WithLoss(head))
+        module = nn.Sequential(*cells, WithLoss(head))
         first, layer, _, last = estimate(module, torch.zeros(1, 1024, dtype=torch.long), speed=speed)
     return first, layer, last
 
