@@ -1,143 +1,172 @@
-"""Simulated accelerators: devices of type ``sim`` that behave as GPUs do to PyTorch, on the CPU, with a race detector.
+"""Simulated accelerators: devices of type ``sim`` that are to PyTorch what GPUs are, on the CPU, with a race detector.
 
-``start(4)`` makes them; in pytest, ``-p gpipe.testing.accelerators --accelerators 4`` does, and fails tests that race.
+In pytest: ``-p gpipe.testing.accelerators --accelerators 4``; a test in which the detector finds something fails.
+Elsewhere:
+
+    >>> import torch
+    >>> from gpipe.testing import accelerators
+    >>> accelerators.start(2)  # doctest: +SKIP
+    >>> x = torch.ones(3, device="sim:0")  # doctest: +SKIP
+    >>> with torch.Stream("sim:0"):  # doctest: +SKIP
+    ...     y = x * 2  # this stream has not waited for the one that makes x
+    >>> print(*accelerators.reports())  # doctest: +SKIP
+    aten::mul on stream 2 of sim:0 (thread MainThread) reads what aten::fill_ on the default stream ...
+
+They are built on first use, which needs a C++ compiler, ninja and the headers of Python.
 """
 
 from __future__ import annotations
 
 import os
-import types
-from pathlib import Path
-from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
+from torch.utils import backend_registration
+
+from gpipe.testing.accelerators import build, issuing
+
+pytest_plugins = ("gpipe.testing.accelerators.plugin",)  # pytest is imported by that module alone
 
 COUNT = "GPIPE_SIMULATED_ACCELERATORS"
 """Environment variable with the number of devices, which processes started later take over."""
 
-_native: Any = None
+MEMORY = "GPIPE_SIMULATED_MEMORY"
+"""Environment variable with the bytes of each device, likewise."""
+
+_started: tuple[int, int] | None = None
 
 
 def started() -> bool:
     """Whether this process has simulated accelerators."""
-    return _native is not None
+    return _started is not None
 
 
-def start(count: int = 4) -> None:
-    """Build on first use, and register, ``count`` devices ``sim:0`` ...; before anything runs backward."""
-    global _native
-    if _native is not None:
+def start(count: int | None = None, memory: int | None = None) -> None:
+    """Make the devices ``sim:0``, ``sim:1`` ..., before anything runs backward; a second time it changes nothing.
+
+    Args:
+        count: How many. When not given, what the environment variable ``COUNT`` says, or 4.
+        memory: Bytes of each. When not given, what the environment variable ``MEMORY`` says, or 16 GiB.
+
+    Raises:
+        ValueError: ``count`` or ``memory`` is not positive.
+        BuildError: They cannot be built here; the message says what to install.
+        RuntimeError: This process has others, or autograd has run and knows no such devices.
+    """
+    count = int(os.environ.get(COUNT, "4")) if count is None else count
+    memory = int(os.environ.get(MEMORY, 16 * 2**30)) if memory is None else memory
+    if count < 1 or memory < 1:
+        raise ValueError(f"expected one device or more with some memory, was given {count} of {memory} bytes")
+    if _started is not None:
+        if _started != (count, memory):
+            raise RuntimeError(
+                f"this process has {_started[0]} simulated accelerators of {_started[1]} bytes, and was asked for "
+                f"{count} of {memory}: start a process of its own for other ones (set_capacity changes memory)"
+            )
         return
-    os.environ[COUNT] = str(count)
-    from torch.utils.cpp_extension import load
+    _register(count, memory)
 
-    folder = Path(__file__).parent
-    build = Path(os.environ.get("GPIPE_SIMULATED_BUILD", Path.home() / ".cache" / "gpipe" / f"sim-{torch.__version__}"))
-    build.mkdir(parents=True, exist_ok=True)
-    native = load(
-        "gpipe_sim", [str(folder / "simulated.cpp")], build_directory=str(build), extra_cflags=["-O1", "-g0", "-w"]
-    )
-    torch.utils.rename_privateuse1_backend("sim")
-    torch._register_device_module("sim", _device_module(native))
-    torch.utils.generate_methods_for_privateuse1_backend()
-    _native = native
+
+def _register(count: int, memory: int) -> None:
+    global _started
+    native = build.load()
+    native.start(count, memory)
+    from gpipe.testing.accelerators import device_module
+
+    device_module.default_generators = tuple(native.default_generators())
+    backend_registration.rename_privateuse1_backend("sim")
+    torch._register_device_module("sim", device_module)
+    backend_registration.generate_methods_for_privateuse1_backend()
+    try:
+        for index in range(count):
+            torch.autograd.backward(torch.zeros((), device=f"sim:{index}", requires_grad=True))
+    except RuntimeError:
+        raise RuntimeError(
+            "autograd has run in this process before its simulated accelerators were started, and has no threads for "
+            "them: call start() before the first backward (in pytest: -p gpipe.testing.accelerators)"
+        ) from None
+    _started = count, memory
+    os.environ[COUNT], os.environ[MEMORY] = str(count), str(memory)
+    clear()
+    if torch.distributed.is_available():
+        from gpipe.testing.accelerators import collectives
+
+        collectives.register()
 
 
 def reports() -> list[str]:
-    """What the race detector found since ``clear``."""
-    return list(dict.fromkeys(_native.reports()))
+    """What the race detector found since ``clear``, and what ranks issued that NCCL could not carry out."""
+    return list(dict.fromkeys([*build.native().reports(), *issuing.reports()]))
 
 
 def clear() -> None:
     """Forget reports and counts."""
-    _native.clear()
+    build.native().clear()
+    issuing.clear()
+
+
+def reset() -> None:
+    """Forget reports and counts, and let links and capacities be as after ``start``."""
+    assert _started is not None
+    clear()
+    set_link(0.0, 0.0)
+    for device in range(_started[0]):
+        set_capacity(device, _started[1])
 
 
 def counts() -> dict[str, int]:
-    """Kernels, copies, crossings (copies between devices) and host_waits since ``clear``."""
-    return dict(_native.counts())
+    """Since ``clear``: ``kernels``, ``copies``, ``crossings`` (copies between devices) and ``host_waits``."""
+    return dict(build.native().counts())
 
 
 def waits() -> dict[str, int]:
-    """What the host waited in since ``clear``, and how often."""
-    return dict(_native.sync_ops())
+    """What the host waited in since ``clear`` (an operator, a copy, ``stream``, ``event`` or ``device``), how often."""
+    return dict(build.native().waits())
 
 
-def set_link(bandwidth: float, latency: float) -> None:
-    """Bytes a second (0: at once) and seconds of every copy between devices."""
-    _native.link(bandwidth, latency)
+def set_link(bandwidth: float, latency: float, source: int | None = None, target: int | None = None) -> None:
+    """Say how long copies between devices take. One that is under way lets the next one on its link wait.
+
+    Args:
+        bandwidth: Bytes a second; 0 for no time. A link is occupied for bytes / bandwidth.
+        latency: Seconds that each copy takes besides.
+        source: The index of the device that copies leave; all when not given.
+        target: The index of the device where copies arrive; all when not given. When neither is given, messages
+            between ranks take as long too.
+
+    Raises:
+        ValueError: A negative number, or no such device.
+    """
+    if bandwidth < 0 or latency < 0:
+        raise ValueError(f"expected a bandwidth and a latency of 0 or more, was given {bandwidth} and {latency}")
+    if source is None and target is None:
+        issuing.set_link(bandwidth, latency)
+    for a in _indices(source):
+        for b in _indices(target):
+            build.native().set_link(a, b, bandwidth, latency)
 
 
 def set_capacity(device: int, size: int) -> None:
-    """Bytes that a device has."""
-    _native.capacity(device, size)
+    """Say how many bytes a device has; what is allocated stays.
+
+    Raises:
+        ValueError: No such device.
+    """
+    (index,) = _indices(device)
+    build.native().set_capacity(index, size)
 
 
 def spend(x: Tensor, seconds: float) -> Tensor:
-    """A copy of ``x`` by a kernel that takes so long on its device."""
+    """A copy of ``x``, by a kernel that takes so long on its device (on the CPU: of the calling thread's time)."""
+    build.native()
     copy: Tensor = torch.ops.gpipe_sim.spend(x, seconds)
     return copy
 
 
-def _device_module(native: Any) -> types.ModuleType:
-    module: Any = types.ModuleType("torch.sim")
-
-    def index(device: Any) -> int:
-        if isinstance(device, int):
-            return device
-        found = torch.device(device).index
-        return int(native.current_device()) if found is None else found
-
-    class Device:
-        def __init__(self, device: Any) -> None:
-            self._index = index(device)
-
-        def __enter__(self) -> None:
-            self._before = native.current_device()
-            native.set_device(self._index)
-
-        def __exit__(self, *error: object) -> None:
-            native.set_device(self._before)
-
-    def manual_seed_all(seed: int) -> None:
-        for generator in module.default_generators:
-            generator.manual_seed(seed)
-
-    module.device_count, module.current_device = native.device_count, native.current_device
-    module.set_device = lambda device: native.set_device(index(device))
-    module.is_available = module.is_initialized = lambda: True
-    module._lazy_init = lambda: None
-    module._is_in_bad_fork = lambda: False
-    module.is_bf16_supported = lambda *args: True
-    module.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16, torch.float32]
-    module.default_generators = tuple(native.default_generators())
-    module.get_rng_state = lambda device="sim": module.default_generators[index(device)].get_state()
-    module.set_rng_state = lambda state, device="sim": module.default_generators[index(device)].set_state(state)
-    module.manual_seed_all = manual_seed_all
-    module.manual_seed = lambda seed: module.default_generators[native.current_device()].manual_seed(seed)
-    module.synchronize = lambda device=None: torch.accelerator.synchronize(device)
-    module.device = Device
-    return module  # type: ignore[no-any-return]
-
-
-def pytest_addoption(parser: Any) -> None:
-    """``--accelerators N``."""
-    parser.addoption("--accelerators", type=int, default=4, help="number of simulated accelerators")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_load_initial_conftests(early_config: Any) -> None:
-    """Make the devices before a conftest.py may start autograd's threads."""
-    start(early_config.known_args_namespace.accelerators)
-
-
-@pytest.fixture(autouse=True)
-def no_races() -> Any:
-    """Fail a test in which the race detector found something."""
-    clear()
-    yield
-    found = reports()
-    clear()
-    assert not found, "races: " + "\n".join(found)
+def _indices(device: int | None) -> list[int]:
+    count = build.native().device_count()
+    if device is None:
+        return list(range(count))
+    if not 0 <= device < count:
+        raise ValueError(f"expected the index of one of {count} simulated accelerators, was given {device}")
+    return [device]

@@ -1,0 +1,137 @@
+"""Building of the simulated accelerators' native part: on first use, into a folder for this torch and this Python."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import sys
+import sysconfig
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BUILD = "GPIPE_SIMULATED_BUILD"
+"""Environment variable with the folder to build in, instead of ``gpipe`` in the user's cache."""
+
+_NAME = "gpipe_sim"
+_SOURCES = Path(__file__).parent / "native"
+_native: Any = None
+
+
+class BuildError(RuntimeError):
+    """The native part cannot be built here; the message is one line that says what to do."""
+
+
+def native() -> Any:
+    """The native part.
+
+    Raises:
+        RuntimeError: It was not loaded.
+    """
+    if _native is None:
+        raise RuntimeError("this process has no simulated accelerators: call gpipe.testing.accelerators.start() first")
+    return _native
+
+
+def load() -> Any:
+    """The native part, built where this machine has not yet.
+
+    Raises:
+        BuildError: Something is missing.
+    """
+    global _native
+    if _native is None:
+        _native = _loaded(_folder())
+    return _native
+
+
+def _folder() -> Path:
+    """Where it is built: other sources, another torch or another Python have another folder."""
+    digest = hashlib.sha256()
+    for source in sorted([*_SOURCES.glob("*.h"), *_SOURCES.glob("*.cpp")]):
+        digest.update(source.name.encode() + source.read_bytes())
+    cache = os.environ.get(BUILD) or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "gpipe").expanduser()
+    return Path(cache, f"sim-{torch.__version__}-{sys.implementation.cache_tag}-{digest.hexdigest()[:16]}")
+
+
+def _loaded(folder: Path) -> Any:
+    if not folder.exists():
+        _refuse_what_is_missing()
+        try:
+            with _alone(folder):
+                if not folder.exists():
+                    return _build(folder)
+        except OSError as error:
+            message = f"the simulated accelerators cannot be built in {folder.parent} ({error.strerror}): name a folder"
+            raise BuildError(f"{message} that can be written in the environment variable {BUILD}") from None
+    spec = importlib.util.spec_from_file_location(_NAME, folder / f"{_NAME}.so")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _refuse_what_is_missing() -> None:
+    python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    compiler = os.environ.get("CXX", "c++")
+    missing = []
+    if shutil.which(compiler) is None:
+        missing.append(f"a C++ compiler, {compiler} (install g++)")
+    if shutil.which("ninja") is None:
+        missing.append("ninja (pip install ninja)")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        missing.append(f"the headers of Python (install {python}-dev)")
+    if missing:
+        raise BuildError(
+            f"the simulated accelerators are built on first use, and this machine lacks {', '.join(missing)}"
+        )
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time; the lock of one that dies is free again."""
+    import fcntl  # not on Windows, where this module can be imported all the same
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(folder.name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _build(folder: Path) -> Any:
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as scratch:
+        built = Path(scratch, folder.name)
+        built.mkdir()
+        try:
+            module = _compiled(built)
+        except RuntimeError as error:
+            log = folder.with_name(folder.name + ".log")
+            log.write_text(str(error))
+            first = next((line for line in str(error).splitlines() if "error:" in line), str(error).splitlines()[0])
+            raise BuildError(f"the simulated accelerators could not be built, all of it in {log}: {first}") from None
+        built.rename(folder)
+    return module
+
+
+def _compiled(folder: Path) -> Any:
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it would say that this machine has no CUDA
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from torch.utils import cpp_extension
+
+            sources = [str(source) for source in sorted(_SOURCES.glob("*.cpp"))]
+            return cpp_extension.load(_NAME, sources, build_directory=str(folder), extra_cflags=["-O1", "-g0"])
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,117 @@
+"""A pytest plug-in: simulated accelerators for a run of tests, whose race detector fails the tests that race."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Generator
+from typing import Any, NoReturn
+
+import pytest
+import torch
+
+from gpipe.testing import accelerators
+
+_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def _bytes(text: str) -> int:
+    number, unit = (text[:-3], text[-3:]) if text[-3:] in _UNITS else (text, "")
+    try:
+        return int(float(number) * _UNITS.get(unit, 1))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a size such as 16GiB or 500MiB, was given {text}") from None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--accelerators`` and ``--accelerator-memory``."""
+    group = parser.getgroup("simulated accelerators")
+    group.addoption("--accelerators", type=int, metavar="N", help="how many simulated accelerators (default: 4)")
+    group.addoption("--accelerator-memory", type=_bytes, metavar="SIZE", help="of each of them (default: 16GiB)")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Start them before a conftest.py may start the threads of autograd."""
+    _start(early_config.known_args_namespace)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start them where a conftest.py has named this plug-in."""
+    _start(config.option)
+
+
+def _start(options: argparse.Namespace) -> None:
+    if accelerators.started():
+        return
+    try:
+        accelerators.start(options.accelerators, options.accelerator_memory)
+    except (RuntimeError, ValueError) as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """Let the workers of pytest-xdist load this plug-in before a conftest.py too: they read ``-p`` after it."""
+    others = os.environ.get("PYTEST_PLUGINS", "")
+    names = [name for name in others.split(",") if name and name != __name__]
+    os.environ["PYTEST_PLUGINS"] = ",".join([*names, __name__])
+
+
+def pytest_report_header() -> list[str]:
+    """What the tests run on."""
+    count = torch.accelerator.device_count()
+    size = torch.accelerator.get_memory_info(0)[1] / 2**30
+    lines = [
+        f"simulated accelerators: sim:0 to sim:{count - 1}, {size:g} GiB each; races fail the tests that make them"
+    ]
+    if torch.cuda.is_available():
+        lines.append("simulated accelerators: this machine's CUDA devices are beside them; torch.accelerator means sim")
+    return lines
+
+
+# --- every report fails the test that made it -------------------------------------------------------------------------
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup() -> Generator[None, Any, Any]:
+    """Begin without reports."""
+    accelerators.clear()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Fail a test that raced; where it has failed anyway, say so too."""
+    try:
+        result = yield
+    except BaseException:
+        if found := _taken():
+            item.add_report_section("call", "race detector", found)
+        raise
+    if found := _taken():
+        _fail(found)
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Generator[None, Any, Any]:
+    """Fail fixtures that raced, and undo what a test has set."""
+    try:
+        result = yield
+    finally:
+        found = _taken()
+        accelerators.reset()
+    if found:
+        _fail(found)
+    return result
+
+
+def _taken() -> str:
+    found = accelerators.reports()
+    accelerators.clear()
+    return "\n".join(found)
+
+
+def _fail(found: str) -> NoReturn:
+    pytest.fail(f"the race detector of the simulated accelerators found:\n{found}", pytrace=False)
