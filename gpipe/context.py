@@ -77,6 +77,8 @@ class CallerContext:
         for stream in self.streams:
             here = torch.accelerator.current_stream(stream.device)
             if here != stream:
+                # Parameters' gradients then reach their leaves from other streams than forward's, which have waited.
+                torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
                 here.wait_event(stream.record_event())
                 for tensor in tensors:
                     if tensor is not None and tensor.device == stream.device:

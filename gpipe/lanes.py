@@ -8,14 +8,14 @@ alone, and the receiver for the copy where it uses it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gpipe.memory import copied
+from gpipe.memory import copied, is_plain
 
 
 class Crossing(NamedTuple):
@@ -47,6 +47,8 @@ def between(source: torch.device, target: torch.device) -> bool:
 def cross(values: Sequence[Any], source: torch.device, target: torch.device) -> Crossing:
     """Start to copy the tensors of ``source`` that its current stream makes; strides, alignment and overlaps stay.
 
+    Those that are no plain memory (sparse ones, subclasses) are copied on the current streams.
+
     Args:
         values: Tensors and other values; those that are elsewhere stay there.
         source: An accelerator.
@@ -58,16 +60,22 @@ def cross(values: Sequence[Any], source: torch.device, target: torch.device) -> 
     out, into = _lane(source, target)
     out.wait_event(torch.accelerator.current_stream(source).record_event())
     with out, into:
-        there = moved(values, source, target)
+        there = _replaced(values, source, target, is_plain)
         arrived = into.record_event()
     _record(values, source, out)
-    return Crossing(there, arrived, target)
+    return Crossing(moved(there, source, target), arrived, target)
 
 
 def moved(values: Sequence[Any], source: torch.device, target: torch.device) -> list[Any]:
     """``values`` with copies on ``target`` of the tensors of ``source``, in order with both current streams."""
-    places = [i for i, value in enumerate(values) if isinstance(value, Tensor) and value.device == source]
+    return _replaced(values, source, target, lambda tensor: True)
+
+
+def _replaced(
+    values: Sequence[Any], source: torch.device, target: torch.device, which: Callable[[Tensor], bool]
+) -> list[Any]:
     there = list(values)
+    places = [i for i, v in enumerate(values) if isinstance(v, Tensor) and v.device == source and which(v)]
     for i, copy in zip(places, copied([values[i] for i in places], target), strict=True):
         there[i] = copy
     return there
@@ -115,7 +123,7 @@ def _lane(source: torch.device, target: torch.device) -> tuple[torch.Stream, tor
 
 
 def _record(values: Sequence[Any], device: torch.device, stream: torch.Stream) -> None:
-    """Keep the memory of the tensors on ``device`` until ``stream`` has used it."""
+    """Keep the memory of the plain tensors on ``device`` until ``stream`` has used it."""
     for value in values:
-        if isinstance(value, Tensor) and value.device == device:
+        if isinstance(value, Tensor) and value.device == device and is_plain(value):
             value.record_stream(stream)

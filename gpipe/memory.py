@@ -49,19 +49,20 @@ def version(tensor: Tensor) -> int:
 
 def address(tensor: Tensor) -> int:
     """Where the values of ``tensor`` stand, 0 if it is not plain memory."""
-    return tensor.data_ptr() if _is_plain(tensor) else 0
+    return tensor.data_ptr() if is_plain(tensor) else 0
 
 
 def by_storage(leaves: Iterable[Any]) -> list[list[Tensor]]:
     """The tensors that are plain strided memory, grouped by storage and type."""
     groups: dict[Any, list[Tensor]] = {}
     for leaf in leaves:
-        if isinstance(leaf, Tensor) and _is_plain(leaf):
+        if isinstance(leaf, Tensor) and is_plain(leaf):
             groups.setdefault((leaf.untyped_storage().data_ptr(), leaf.dtype), []).append(leaf)
     return list(groups.values())
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is its elements in strided memory, and nothing else."""
     return (
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.layout == torch.strided
