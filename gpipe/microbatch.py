@@ -63,10 +63,15 @@ def has_rows(tree: Any) -> bool:
 
 
 def moved(tree: Any, device: torch.device) -> Any:
-    """``tree`` with its tensors on ``device``."""
+    """``tree`` with its tensors on ``device``; the host does not wait for those in pinned memory to arrive."""
     if type(tree) is Tensor:
-        return tree.to(device)
-    return tree_map_only(Tensor, partial(Tensor.to, device=device), tree)
+        return _moved(tree, device)
+    return tree_map_only(Tensor, partial(_moved, device=device), tree)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    ahead = device.type != "cpu" and tensor.device.type == "cpu" and tensor.is_pinned()
+    return tensor.to(device, non_blocking=ahead)
 
 
 def scatter(tree: Any, chunks: int) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The user's loss, made sure of: it gives a scalar, and a number."""
+"""The user's loss, made sure of: it gives a scalar; and whether that is a number."""
 
 from __future__ import annotations
 
@@ -20,8 +20,21 @@ class NonFiniteError(RunError):
     """The loss or the weights are no longer numbers."""
 
 
+def number(loss: Tensor) -> float:
+    """The value of a loss: where it is on an accelerator, the host waits for the device once, here.
+
+    A micro-batch's loss that is no number makes the mini-batch's none.
+
+    Raises:
+        NonFiniteError: It is no number.
+    """
+    if not math.isfinite(value := float(loss.item())):
+        raise NonFiniteError(f"the loss is {value}")
+    return value
+
+
 class CheckedLoss(nn.Module):
-    """The loss, if it gives a loss, and a number; parameters and state are the loss's, under its own names."""
+    """The loss, if it gives a loss; parameters and state are the loss's, under its own names."""
 
     loss: Loss
 
@@ -35,15 +48,12 @@ class CheckedLoss(nn.Module):
         """As of the loss.
 
         Raises:
-            RunError: It is no scalar. NonFiniteError: It is no number.
+            RunError: It is no scalar.
         """
         try:
-            loss = checked_loss(self.loss(outputs, targets))
+            return checked_loss(self.loss(outputs, targets))
         except (TypeError, ValueError) as error:
             raise RunError(f"loss.factory: {error}") from error
-        if not math.isfinite(value := float(loss.item())):
-            raise NonFiniteError(f"the loss is {value}")
-        return loss
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode on the loss too."""

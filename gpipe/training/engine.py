@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.utils._pytree import tree_map_only
 
 import gpipe
 from gpipe.rng import cell_seed
 from gpipe.timeline import Timeline
-from gpipe.training.checking import CheckedLoss, Loss, loss_parameters, loss_state
+from gpipe.training.checking import CheckedLoss, Loss, NonFiniteError, loss_parameters, loss_state, number
 from gpipe.training.config import Configuration
+from gpipe.training.errors import Silent
 from gpipe.training.optimizer import build_optimizer, full_rate, set_learning_rate
 from gpipe.training.vitals import peak_memory
 
@@ -99,7 +101,8 @@ class Engine(ABC):
         """The gradients of a mini-batch; its loss.
 
         Raises:
-            NonFiniteError: The loss is no number. RunError: It is no scalar. OtherRankFailed: Another rank failed.
+            NonFiniteError: The loss is no number. Silent: It is not, and is in another process, which tells.
+            RunError: It is no scalar. OtherRankFailed: Another rank failed.
         """
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
@@ -108,7 +111,13 @@ class Engine(ABC):
         torch.manual_seed(cell_seed(training.seed, step, 0, sum(self.pipe.balance)))
         low = training.precision == "bfloat16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low):
-            return float(self._step(inputs, targets).item())
+            loss = self._step(*(_pinned(tree, self.device) for tree in (inputs, targets)))
+        try:
+            return number(loss)
+        except NonFiniteError as error:
+            if self.loss is None:
+                raise Silent(error.exit_code) from error
+            raise
 
     def update(self) -> None:
         """A step of the optimizer; the loss is clamped if it wants to be."""
@@ -121,6 +130,13 @@ class Engine(ABC):
         """The weights in this process: of the model, and of the loss where it is."""
         own: dict[str, Tensor] = dict(self.pipe.state_dict())
         return own if self.loss is None else {**own, **loss_state(self.loss)}
+
+
+def _pinned(tree: Any, device: torch.device) -> Any:
+    """A batch in memory that an accelerator reads by itself, so that the host need not wait for the copy."""
+    if device.type == "cpu":
+        return tree
+    return tree_map_only(Tensor, lambda x: x.pin_memory() if x.device.type == "cpu" else x, tree)
 
 
 class ThreadEngine(Engine):
