@@ -102,9 +102,21 @@ def _serve(rank, ranks, address, pipe, backend, host):
             result = function(rank, *args)
         except BaseException as error:
             result = Raised(error, time.monotonic() - start)
+        if accelerators.started() and accelerators.reports():
+            result = _reported(result)
         pipe.send_bytes(pickle.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _reported(result):
+    """What this process's simulated accelerators found, in place of a result or beside an exception."""
+    found = "\n".join(accelerators.reports())
+    accelerators.clear()
+    if isinstance(result, Raised):
+        result.text += f"\nreported by simulated accelerators:\n{found}"
+        return result
+    return Raised(AssertionError(f"reported by simulated accelerators:\n{found}"), 0.0)
 
 
 def _store(rank, address, pipe):
