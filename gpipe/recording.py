@@ -11,7 +11,7 @@ import torch
 
 from gpipe.actions import Action
 from gpipe.metering import Meters
-from gpipe.partitioning.clock import Moment, seconds
+from gpipe.partitioning.clock import Moment, host_seconds
 from gpipe.timeline import Memory, Span, Timeline
 
 
@@ -43,7 +43,7 @@ class Recording:
     def _settled(self) -> tuple[list[Span], ...]:
         """The spans with the times of their marks, which take the marks' place."""
         noted = [list(spans) for spans in self.spans]  # workers may add more meanwhile
-        times = iter(seconds([moment for spans in noted for _, *moments in spans for moment in moments]))
+        times = iter(host_seconds([moment for spans in noted for _, *moments in spans for moment in moments]))
         settled = tuple([Span(action, next(times), next(times)) for action, *_ in spans] for spans in noted)
         for spans, known in zip(self.spans, settled, strict=True):
             spans[: len(known)] = [Noted(*span) for span in known]

@@ -26,7 +26,7 @@ class Mark:
 
 
 Moment = float | Mark
-"""Seconds of ``time.perf_counter``, or a mark, of which ``seconds`` tells them."""
+"""Seconds of ``time.perf_counter``, or a mark, of which ``host_seconds`` tells them."""
 
 
 @cache
@@ -38,7 +38,7 @@ def clock(device: torch.device) -> Callable[[], Moment]:
     return _marks(device) if _has_events(device) else perf_counter
 
 
-def seconds(moments: Iterable[Moment]) -> list[float]:
+def host_seconds(moments: Iterable[Moment]) -> list[float]:
     """The moments as seconds of ``time.perf_counter``, good to some ten microseconds between devices.
 
     Waits until the devices of the marks have done all that was asked of them.

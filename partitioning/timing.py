@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from gpipe.partitioning.alone import Alone, Passed, Waiting, cut
-from gpipe.partitioning.clock import Moment, clock, seconds
+from gpipe.partitioning.clock import Moment, clock, host_seconds
 from gpipe.partitioning.footprint import opened
 
 _ROUND_SECONDS = 0.005  # of a device, that a round takes at least, by runs of up to so many:
@@ -148,7 +148,7 @@ def _run(
 
 def _mean(runs: Sequence[tuple[Moment, ...]]) -> Seconds:
     """Waits for the device."""
-    times = np.reshape(seconds(moment for run in runs for moment in run), (len(runs), 2, 2))
+    times = np.reshape(host_seconds(moment for run in runs for moment in run), (len(runs), 2, 2))
     forward, backward = (times[:, :, 1] - times[:, :, 0]).mean(axis=0).tolist()
     return Seconds(forward, backward)
 
