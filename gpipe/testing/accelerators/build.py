@@ -72,6 +72,10 @@ def _loaded(folder: Path) -> Any:
         except OSError as error:
             message = f"the simulated accelerators cannot be built in {folder.parent} ({error.strerror}): name a folder"
             raise BuildError(f"{message} that can be written in the environment variable {BUILD}") from None
+    return _imported(folder)
+
+
+def _imported(folder: Path) -> Any:
     spec = importlib.util.spec_from_file_location(_NAME, folder / f"{_NAME}.so")
     assert spec is not None
     assert spec.loader is not None

@@ -17,6 +17,7 @@ Stream = torch.Stream
 Event = torch.Event
 
 default_generators: tuple[torch.Generator, ...] = ()
+_initialized = True  # torch.utils.checkpoint keeps the states of generators only then
 
 
 @dataclass(frozen=True)
