@@ -70,7 +70,21 @@ def check_devices(devices: Iterable[Any] | None, stages: int | None) -> list[tor
         )
     if not found:
         raise IndexError("devices is empty: name one device per stage, or leave devices out")
+    _check_there(found[:stages])
     return found[:stages]
+
+
+def _check_there(devices: Sequence[torch.device]) -> None:
+    """Raise an IndexError for an accelerator with a number that this machine does not have."""
+    kind = torch.accelerator.current_accelerator()
+    count = torch.accelerator.device_count()
+    for device in devices:
+        if kind is not None and device.type == kind.type and device.index >= count:
+            raise IndexError(
+                f"devices names {device}, but there are {count} of them: name {kind.type}:0"
+                + (f" to {kind.type}:{count - 1}" if count > 1 else "")
+                + ", one device for every stage; a device may have several stages"
+            )
 
 
 def _indexed(device: torch.device) -> torch.device:

@@ -155,6 +155,27 @@ def test_under_a_default_device_cells_make_tensors_on_their_own_stages():
     assert torch.equal(found.cpu(), 2 * torch.arange(16.0, device="cpu").expand(2, 16))
 
 
+class MakesItsOwn(nn.Module):
+    def forward(self, x):
+        return x + torch.ones(16, device=accelerator(0))
+
+
+@TWO
+def test_a_cell_that_makes_a_tensor_on_another_device_is_named():
+    pipe = gpipe.GPipe(
+        nn.Sequential(nn.Linear(16, 16), MakesItsOwn()), [1, 1], devices=[accelerator(0), accelerator(1)]
+    )
+    with pytest.raises(RuntimeError, match="same device") as raised:
+        pipe(given())
+    assert "cell 1 (MakesItsOwn), micro-batch 0, action 1F0" in raised.value.__notes__[0]
+
+
+def test_a_device_that_is_not_there_is_named_with_those_that_are():
+    count = torch.accelerator.device_count()
+    with pytest.raises(IndexError, match=f"devices names {accelerator(count)}, but there are {count} of them"):
+        gpipe.GPipe(mlp(2), [1, 1], devices=[accelerator(0), accelerator(count)])
+
+
 def streams(count):
     """New streams of the first devices, behind what their current ones have been given."""
     made = [torch.Stream(accelerator(i)) for i in range(count)]
