@@ -22,7 +22,7 @@ from torch import Tensor
 from gpipe.testing.accelerators import issuing
 from gpipe.testing.accelerators.issuing import Issuers, Notice, Part
 from gpipe.testing.accelerators.mail import post_office
-from gpipe.testing.accelerators.moments import Moments
+from gpipe.testing.accelerators.moments import free_at, hold
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,13 @@ class Members:
 
 
 class Device:
-    """What all communicators of a device have in common."""
+    """What all communicators of a device have in common: the threads that issue, and what has not run yet."""
 
     _all: ClassVar[dict[int, Device]] = {}
     _lock = threading.RLock()
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.moments = Moments(device)
         self._issuers = Issuers(str(device))
         self._pending: list[Operation] = []
 
@@ -104,6 +103,7 @@ class Operation(dist.Work):
         self.plan = plan
         self.numbers: dict[int, int] = {}
         self.settled = False
+        self.ready = 0.0
         self._communicator = communicator
         self._let_go = False
 
@@ -130,29 +130,25 @@ class Operation(dist.Work):
         self.wait()
 
     def is_completed(self) -> bool:
-        """Whether it has run, in simulated time."""
-        completed = self._communicator.settle(self, 0) and self.event.query()
-        if completed:
-            self._end()
-        return completed
+        """Whether it has run, in simulated time; where it has, the host knows."""
+        return self._communicator.settle(self, 0) and self.event.query()
 
     def is_success(self) -> bool:
         """Whether it has run."""
         return self.is_completed()
 
     def is_let_go(self) -> bool:
-        """Whether nothing need keep its tensors any more."""
+        """Whether nothing need keep its tensors any more: it was waited for, or has run."""
         if not self._let_go:
             try:
-                self.is_completed()
+                ended = self._communicator.settle(self, 0) and self.ready <= time.monotonic()
             except dist.DistBackendError:  # closed: it never runs
-                self._end()
+                ended = True
+            if ended:
+                for tensor in self.plan.tensors:  # that it has run the detector cannot know: the host did not ask
+                    tensor.record_stream(self.stream)
+                self._release()
         return self._let_go
-
-    def _end(self) -> None:
-        for tensor in self.plan.tensors:  # it has run, which the detector cannot know
-            tensor.record_stream(self.stream)
-        self._release()
 
     def _release(self) -> None:
         if not self._let_go:
@@ -195,7 +191,6 @@ class Communicator:
         Raises:
             torch.distributed.DistBackendError: If the communicator is closed.
         """
-        moments = self._device.moments
         with self._changed:
             if self._closed:
                 raise dist.DistBackendError(self._closed)
@@ -206,16 +201,17 @@ class Communicator:
             stream.wait_stream(torch.accelerator.current_stream(stream.device))
             if self._last is not None:
                 stream.wait_event(self._last)
-            moments.hold(stream, self._arrived)
+            hold(stream, self._arrived)
             with torch.no_grad(), stream:
                 plan.run()
-            moments.spend(stream, self._seconds(plan))
+            ready = free_at(stream) + self._seconds(plan)
+            hold(stream, ready)
+            operation.ready = ready
             operation.event.record(stream)
             self._last = operation.event
             if plan.needs:
                 self._unsettled.append(operation)
             operation.settled = not plan.needs
-            ready = moments.free_at(stream)
             for peer, parts in plan.parts.items():
                 operation.numbers[peer] = self._tell(peer, tuple(parts), ready, peer in plan.needs)
         return operation
@@ -329,7 +325,8 @@ class Communicator:
             self._needed.difference_update(keys)
             operation.plan.deliver({peer: list(notice.parts) for peer, notice in notices.items()})
             self._arrived = max(self._arrived, *(notice.ready for notice in notices.values()))
-            self._device.moments.hold(operation.stream, self._arrived)
+            hold(operation.stream, self._arrived)
+            operation.ready = max(operation.ready, self._arrived)
             operation.event.record(operation.stream)
             self._unsettled.remove(operation)
             operation.settled = True

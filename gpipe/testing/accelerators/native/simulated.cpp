@@ -171,6 +171,17 @@ void set_link(int source, int target, double bandwidth, double latency) {
   runtime().links[source * runtime().devices + target] = {bandwidth, latency, 0};
 }
 
+// Streams by device and id; moments in seconds of the monotonic clock, which all processes of a machine share.
+double free_at(int device, int64_t stream) {
+  Lock lock(runtime().mutex);
+  return event_after(stream ? int(stream) : device).moment;
+}
+
+void hold(int device, int64_t stream, double moment) {
+  Lock lock(runtime().mutex);
+  stream_waits(stream ? int(stream) : device, {}, moment);
+}
+
 void set_capacity(int device, int64_t size) {
   Lock lock(runtime().mutex);
   usage()[device].capacity = size;
@@ -187,5 +198,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("counts", &sim::counts);
   m.def("waits", &sim::waits);
   m.def("set_link", &sim::set_link);
+  m.def("free_at", &sim::free_at);
+  m.def("hold", &sim::hold);
   m.def("set_capacity", &sim::set_capacity);
 }
