@@ -58,7 +58,7 @@ def test_every_contender_finds_the_same_gradients(gradients, net):
             assert squares(gradients, contender) == pytest.approx(expected, rel=1e-5), contender
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_contender_that_fails_is_named_with_the_reason_and_the_next_one_runs(gradients):
     bad = Contender("torch", "Transformer", 2, "tiny", (2, 2), "NoSuchSchedule")
     good = Contender("torch", "Transformer", 2, "tiny", (2, 2), "ScheduleGPipe")

@@ -37,7 +37,9 @@ def results(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("script", TIMED)
+@pytest.mark.parametrize(
+    "script", [pytest.param(name, marks=() if name == "overhead" else pytest.mark.rare) for name in TIMED]
+)
 def test_a_script_leaves_table_samples_and_figure(results, monkeypatch, script):
     monkeypatch.setattr(sys, "orig_argv", ["/bin/python3", "-m", f"benchmarks.{script}", *TIMED[script]])
     import_module(f"benchmarks.{script}").main(TIMED[script])

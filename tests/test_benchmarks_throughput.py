@@ -23,8 +23,8 @@ def results(tmp_path, monkeypatch):
     ("script", "model", "options"),
     [
         ("throughput", "U-Net", ["--rounds", "1"]),
-        ("memory", "Transformer", []),
-        ("equal_memory", "Transformer", ["--rounds", "1", "--share", "1"]),
+        pytest.param("memory", "Transformer", [], marks=pytest.mark.rare),
+        pytest.param("equal_memory", "Transformer", ["--rounds", "1", "--share", "1"], marks=pytest.mark.rare),
     ],
 )
 def test_the_script_leaves_table_samples_and_figure(results, script, model, options):
@@ -40,7 +40,7 @@ def test_the_script_leaves_table_samples_and_figure(results, script, model, opti
     assert "</svg>" in (results / f"{script}.svg").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_the_largest_model_fits_and_more_stages_hold_more():
     from benchmarks.largest import FAMILIES, largest_models
 

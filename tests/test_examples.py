@@ -18,6 +18,12 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 RECIPE = ROOT / "examples" / "clip_vit_b32.yaml"  # for accelerators
 CONFIGURATIONS = sorted(set((ROOT / "examples").glob("*.yaml")) - {RECIPE})
+OFTEN = ("wrap_your_model.py", "clip_digits.yaml")
+
+
+def often_or_rarely(files):
+    """Parameters: of the files, a script and a configuration run every time, the others as rare tests."""
+    return [pytest.param(f, marks=() if f.name in OFTEN else pytest.mark.rare, id=f.name) for f in files]
 
 
 def run(*arguments, cwd):
@@ -28,11 +34,12 @@ def run(*arguments, cwd):
     return result.stdout
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+@pytest.mark.parametrize("script", often_or_rarely(SCRIPTS))
 def test_script_runs(script, tmp_path):
     assert run(script, cwd=tmp_path).strip()
 
 
+@pytest.mark.rare
 def test_ranks_print_what_one_process_does_and_any_number_goes_on(tmp_path):
     torchrun = ["-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     script = ROOT / "examples" / "distributed.py"
@@ -43,7 +50,7 @@ def test_ranks_print_what_one_process_does_and_any_number_goes_on(tmp_path):
     assert run(script, "two", cwd=tmp_path) == alone.splitlines(keepends=True)[-1]
 
 
-@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=lambda p: p.name)
+@pytest.mark.parametrize("configuration", often_or_rarely(CONFIGURATIONS))
 def test_configuration_trains_for_a_few_steps(configuration, tmp_path):
     shortened = ("training.steps=3", "training.batch_size=32", "training.schedule.warmup_steps=1", "output=run")
     options = [word for setting in shortened for word in ("--set", setting)]
@@ -63,6 +70,7 @@ def captioned_images(folder, rows):
     (folder / "data" / "pairs.csv").write_text("\n".join(lines) + "\n")
 
 
+@pytest.mark.rare
 def test_the_published_recipe_trains_when_shrunken(tmp_path):
     captioned_images(tmp_path, 20)
     smaller = {"image_size": 64, "vision_width": 32, "vision_heads": 2, "text_width": 32, "text_heads": 2}

@@ -88,7 +88,7 @@ def test_what_a_cell_raises_is_told_once(tmp_path, file):
     assert list((tmp_path / "run").glob("*.safetensors")) == []
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_killed_at_random_moments_a_run_comes_to_the_same_bits(tmp_path, file, monkeypatch):
     steps = ["training.steps=80", "training.save_every=3"]
     seed = random.SystemRandom().randrange(10**6)
