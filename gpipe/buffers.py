@@ -48,7 +48,7 @@ class ChangingBuffers:
         versions = {place: version(b) for place, b in buffers.items()}
         pattern = tuple((id(m), m.training) for m in modules)
         known = self._changing.get(pattern)
-        copies = {place: b.clone() for place, b in buffers.items() if known is None or place[0] in known}
+        copies = copied({place: b for place, b in buffers.items() if known is None or place[0] in known})
         before = Before(modules, {**unset, **buffers, **copies}, versions)
         yield before
         changing = self._changing.setdefault(pattern, set())
@@ -61,6 +61,25 @@ class ChangingBuffers:
                 del versions[place]
             else:
                 before.buffers[place] = buffers[place]
+
+
+def copied(buffers: dict[Place, Tensor]) -> dict[Place, Tensor]:
+    """Clones, made together where buffers are many and kernels cost more than bytes: on an accelerator."""
+    copies = {place: b.clone() for place, b in buffers.items() if b.device.type == "cpu" or not _plain(b)}
+    alike: dict[tuple[torch.device, torch.dtype], list[Place]] = {}
+    for place, b in buffers.items():
+        if place not in copies:
+            alike.setdefault((b.device, b.dtype), []).append(place)
+    for places in alike.values():
+        own = [buffers[place] for place in places]
+        made = [torch.empty_like(b) for b in own]
+        torch._foreach_copy_(made, own)
+        copies.update(zip(places, made, strict=True))
+    return copies
+
+
+def _plain(buffer: Tensor) -> bool:
+    return type(buffer) is Tensor and buffer.layout is torch.strided and not buffer.requires_grad
 
 
 @contextmanager
@@ -81,8 +100,9 @@ def rewound(before: Before) -> Iterator[None]:
     later = {(m, name): b for m in before.modules for name, b in m._buffers.items() if (m, name) not in now}
     for m, name in later:
         del m._buffers[name]  # forward registered it
-    for place, value in before.buffers.items():
-        place[0]._buffers[place[1]] = value if value is None or place in before.versions else value.clone()
+    kept = {place: b for place, b in before.buffers.items() if b is not None and place not in before.versions}
+    for (m, name), value in (before.buffers | copied(kept)).items():
+        m._buffers[name] = value
     try:
         yield
     finally:

@@ -23,7 +23,7 @@ class Phase:
     micro_batch: int
     checkpointing: bool = False
     recomputing: bool = False
-    statistics: dict[Any, dict[int, Any]] | None = None
+    statistics: dict[Any, Any] | None = None
 
 
 _thread = threading.local()

@@ -47,7 +47,7 @@ class Trainer:
         Raises:
             NonFiniteError: If the loss is no number; the weights are then as before.
             RunError: If the loss is no scalar, or a row of the data cannot be read.
-            OtherRankFailed: If another rank failed.
+            Silent, OtherRankFailed: If another rank failed.
         """
         engine, training = self._job.engine, self._training
         rate = engine.set_learning_rate(learning_rate_factor(training.schedule, self.step, training.steps))
