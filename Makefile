@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# The oldest torch that gpipe promises to work with, and nothing of what only training needs.
+# The oldest torch that gpipe promises to work with, and of what only training needs YAML alone, for files of costs.
 OLDEST := .venv-oldest
 OLDEST_INSTALLED := $(OLDEST)/.installed
-OLDEST_PACKAGES := 'torch==2.11.*' 'torchvision==0.26.*' numpy pytest pytest-xdist hypothesis ninja
+OLDEST_PACKAGES := 'torch==2.11.*' 'torchvision==0.26.*' numpy pytest pytest-xdist hypothesis ninja pyyaml
 
 SPREAD := -n auto --dist loadfile --no-loadscope-reorder
 SIMULATED := -p gpipe.testing.accelerators --accelerators 4
