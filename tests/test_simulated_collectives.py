@@ -254,6 +254,23 @@ def test_tensors_live_until_they_have_been_sent(world):
     assert world.values(drop_on_rank) == [[], [], []]
 
 
+def hold_on_rank(rank):
+    (group,) = groups(1)
+    before, works = torch.accelerator.memory_allocated(here(rank)), []
+    for _ in range(4 if rank < 2 else 0):
+        x = numbers(rank, 4096)
+        works.append(dist.isend(x, 1, group) if rank == 0 else dist.irecv(x, 0, group))
+        works[-1].wait()
+        works.append(dist.all_reduce(x, group=group, async_op=True))
+        works[-1].wait()
+        del x
+    return torch.accelerator.memory_allocated(here(rank)) - before
+
+
+def test_what_was_waited_for_keeps_no_tensors(world):
+    assert world.values(hold_on_rank) == [0, 0, 0]
+
+
 SECONDS = 0.4
 
 

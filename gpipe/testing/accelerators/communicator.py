@@ -91,6 +91,11 @@ class Plan:
     deliver: Callable[[dict[int, list[Part]]], None] = lambda parts: None
     host_waits: bool = False
 
+    def forget(self) -> None:
+        """Let go of tensors and bytes."""
+        self.parts, self.tensors = {}, []
+        self.run, self.deliver = (lambda: None), (lambda parts: None)
+
 
 class Operation(dist.Work):
     """Operations issued together, as torch.distributed's ``Work``."""
@@ -153,7 +158,7 @@ class Operation(dist.Work):
     def _release(self) -> None:
         if not self._let_go:
             self._let_go = True
-            self.plan.tensors.clear()
+            self.plan.forget()
             self._communicator.reuse(self.stream)
 
 
