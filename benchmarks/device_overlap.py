@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--name", default="device_overlap", help="of the files of results")
     given = options.parse_args(argv)
-    accelerators.start(max(given.stages))
+    if not accelerators.started():
+        accelerators.start(max(given.stages))
     found = {case: measured(case, given.rounds) for case in cases(given.stages, [1e-3 * c for c in given.copies])}
     columns = ["K", "M", "stages", "schedule", "copy ms", "simulated ms", "measured ms", "over simulated"]
     rows = [row(case, seconds) for case, seconds in found.items()]

@@ -32,6 +32,7 @@ import torch
 from benchmarks.device_parts import correctness, memory, overlap, several, speed, traps
 from benchmarks.device_parts.bench import PARTS, Bench, CannotRun
 from gpipe.testing import accelerators
+from gpipe.testing.accelerators import build
 
 QUESTION = "On these accelerators, are the promises kept, what does a pipeline cost, and are predictions right?"
 
@@ -54,6 +55,7 @@ ORDER = (
     memory.cap,
 )
 NAMES = [run.__name__ for run in ORDER]
+SIMULATED_ALONE = overlap.simulated_step.__name__
 LEAST = 8.0  # seconds: less is not enough to import torch and begin
 SLOWER = 3.0  # simulated accelerators share the processor, perhaps with other work: so many times the limit
 
@@ -104,8 +106,8 @@ class Outcome:
 def perform(name: str, simulated: int, rows: Path) -> int:
     """Run a part in this process; gives its exit code."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product: deterministic ones
-    torch.set_num_threads(1)
     if simulated:
+        torch.set_num_threads(1)  # bits depend on their number
         accelerators.start(simulated)
     kind = torch.accelerator.current_accelerator(check_available=True)
     with rows.open("a", encoding="utf-8") as file:
@@ -129,18 +131,7 @@ def run_part(name: str, limit: float, simulated: int, out: Path) -> Outcome:
     begins = [path.stat().st_size if path.exists() else 0 for path in (rows, log)]
     command = [sys.executable, "-m", "benchmarks.on_device", "--part", name, "--simulated", str(simulated)]
     start = time.monotonic()
-    with log.open("ab") as printed:
-        process = subprocess.Popen(
-            [*command, "--rows", str(rows.resolve())], cwd=ROOT, stdout=printed, stderr=printed, start_new_session=True
-        )
-        try:
-            code: int | None = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            with suppress(ProcessLookupError):  # what it started has its process group
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    code = ended([*command, "--rows", str(rows.resolve())], limit, log)
     squeezed = limit < limit_of(name, simulated)
     outcome = Outcome(name, PARTS[name].correctness, RAN, "", time.monotonic() - start, limit, squeezed)
     outcome.rows = written(rows, begins[0])
@@ -157,6 +148,23 @@ def run_part(name: str, limit: float, simulated: int, out: Path) -> Outcome:
             printed.seek(begins[1])
             outcome.tail = printed.read().decode(errors="replace").splitlines()[-20:]
     return outcome
+
+
+def ended(command: Sequence[str], limit: float, log: Path) -> int | None:
+    """Run a command, what it prints added to ``log``; gives its exit code, or None where it was ended at its limit.
+
+    Whatever it has started ends with it.
+    """
+    with log.open("ab") as printed:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=printed, stderr=printed, start_new_session=True)
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with suppress(ProcessLookupError):  # nobody of its process group is left
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def limit_of(name: str, simulated: int) -> float:
@@ -216,7 +224,9 @@ def publish(outcomes: Sequence[Outcome], about: dict[str, Any], out: Path) -> No
     """Write both summaries anew."""
     record = {**about, "error": any(o.error for o in outcomes), "parts": [asdict(o) for o in outcomes]}
     rows = [[o.name, o.status, o.seconds, verdict(o), o.why] for o in outcomes]
-    lines = [f"`{about['command']}`; torch {about['torch']}, Python {about['python']}, {about['devices']}", ""]
+    facts = next((row for o in outcomes if o.name == "machine" for row in o.rows), {})
+    devices = about["devices"] + (f": {facts['count']} x {facts['name']}" if "name" in facts else "")
+    lines = [f"`{about['command']}`; torch {about['torch']}, Python {about['python']}, {devices}", ""]
     lines += table(["part", "status", "seconds", "found", "why"], rows)
     lines += [line for outcome in outcomes for line in section(outcome)]
     for name, text in (("summary.json", json.dumps(record, indent=1)), ("summary.md", "\n".join(lines))):
@@ -251,7 +261,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/on_device"), help="folder of the results; default %(default)s"
     )
-    parser.add_argument("--parts", nargs="+", choices=NAMES, default=NAMES, metavar="PART", help="these alone")
+    parser.add_argument(
+        "--parts", nargs="+", choices=NAMES, metavar="PART", help="these alone; default: all that apply"
+    )
     parser.add_argument(
         "--simulated", type=int, default=0, metavar="N", help="on N simulated accelerators, small sizes"
     )
@@ -265,6 +277,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = arguments(argv)
     if given.part:
         return perform(given.part, given.simulated, given.rows)
+    if given.simulated:
+        build.load()  # which may take a minute, and is no part's
     given.out.mkdir(parents=True, exist_ok=True)
     for name in ("rows.jsonl", "log.txt", "summary.json", "summary.md"):
         (given.out / name).unlink(missing_ok=True)
@@ -275,7 +289,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "devices": f"{given.simulated} simulated accelerators" if given.simulated else "real accelerators",
     }
     end, outcomes = time.monotonic() + given.budget, list[Outcome]()
-    for name in sorted(given.parts, key=NAMES.index):
+    apply = [name for name in NAMES if given.simulated or name != SIMULATED_ALONE]
+    for name in sorted(given.parts or apply, key=NAMES.index):
         limit = min(limit_of(name, given.simulated), end - time.monotonic())
         late = Outcome(name, PARTS[name].correctness, NO_TIME, f"the budget of {given.budget:g} s is spent")
         outcomes.append(late if limit < LEAST else run_part(name, limit, given.simulated, given.out))

@@ -45,8 +45,8 @@ class Setting:
 
     def made(self) -> tuple[nn.Module, nn.Module]:
         """Model and loss on the device."""
-        module, loss = self.net.made()
-        return module.to(self.device), loss.to(self.device)
+        with self.device:
+            return self.net.made()
 
 
 def plain(setting: Setting, recompute: bool) -> Step:

@@ -121,12 +121,12 @@ class Times:
     Attributes:
         done: Until the device had done all.
         launched: Until the host had launched all.
-        peak: Bytes the allocator gave at most in any of them.
+        taken: Bytes the allocator gave at most in any of them, above what it had given before.
     """
 
     done: list[float]
     launched: list[float]
-    peak: int
+    taken: int
 
     @property
     def ms(self) -> float:
@@ -152,13 +152,14 @@ def in_turns(
         for name in steps if r % 2 else reversed(steps):
             bench.synchronize()
             torch.accelerator.reset_peak_memory_stats(bench.device)
+            before = torch.accelerator.memory_allocated(bench.device)
             start = time.perf_counter()
             steps[name]()
             launched = time.perf_counter() - start
             bench.synchronize()
             done = time.perf_counter() - start
             if r >= warm:
-                peak = torch.accelerator.max_memory_allocated(bench.device)
-                for column, value in zip(found[name], (1e3 * done, 1e3 * launched, peak), strict=True):
+                taken = torch.accelerator.max_memory_allocated(bench.device) - before
+                for column, value in zip(found[name], (1e3 * done, 1e3 * launched, taken), strict=True):
                     column.append(value)
-    return {name: Times(done, launched, max(peaks)) for name, (done, launched, peaks) in found.items()}
+    return {name: Times(done, launched, max(taken)) for name, (done, launched, taken) in found.items()}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import gpipe
 from benchmarks.device_parts.bench import Bench, CannotRun, encoder, part
-from gpipe.testing import accelerators
+from gpipe.testing.accelerators import plugin
 
 TESTS = Path(__file__).parents[2] / "tests"
 
@@ -118,7 +118,7 @@ class Outcomes:
 def tested(bench: Bench, *arguments: str) -> None:
     """Run pytest in this process, which has the accelerators already, and report."""
     outcomes = Outcomes(bench)
-    plugins, count = ([accelerators], ["--accelerators", str(bench.simulated)]) if bench.simulated else ([], [])
+    plugins, count = ([plugin], ["--accelerators", str(bench.simulated)]) if bench.simulated else ([], [])
     options = ["-v", "--tb=short", "-p", "no:cacheprovider", f"--rootdir={TESTS.parent}"]
     code = pytest.main([*count, *options, *arguments], plugins=[outcomes, *plugins])
     for why, count in outcomes.skipped.items():

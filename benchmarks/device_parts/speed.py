@@ -70,7 +70,7 @@ def row(times: Times, base: Times, rows: int) -> dict[str, float]:
         "launch_ms": times.launch_ms,
         "samples_per_second": 1e3 * rows / times.ms,
         "over_plain": times.over(base),
-        "peak_MiB": times.peak / 2**20,
+        "step_MiB": times.taken / 2**20,
     }
 
 

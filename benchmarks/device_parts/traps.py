@@ -35,9 +35,9 @@ def traps(bench: Bench) -> None:
         other_stream,
         devices_of_the_caller,
         no_number,
-        reentrant,
         graphed_callables,
         compiled_with_graphs,
+        reentrant,  # last: where it hangs, autograd's thread of the device hangs
     ]
     for trap in found:
         with warnings.catch_warnings(record=True) as warned:

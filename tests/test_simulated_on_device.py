@@ -1,0 +1,223 @@
+"""The first hour on a machine, on simulated accelerators: parts that fail, hang or get no time; steps as simulated."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import gpipe
+from benchmarks import on_device
+from benchmarks.device_parts import overlap
+from benchmarks.device_parts.bench import PARTS, Bench, encoder, in_turns
+from benchmarks.device_parts.correctness import BALANCES, Outcomes, apart, trained
+from benchmarks.device_parts.several import on_streams
+from benchmarks.device_parts.traps import differ
+from benchmarks.on_device import CANNOT, CUT, FAILED, NO_TIME, RAN, Outcome
+from gpipe.costs import StageCost
+from gpipe.schedule import Kind
+from gpipe.testing import accelerators
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not accelerators.started(), reason="needs simulated accelerators: --accelerators"),
+]
+
+
+@pytest.fixture
+def bench(tmp_path):
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        yield Bench(torch.device("sim", 0), 4, file, "some part")
+
+
+def rows(tmp_path):
+    return on_device.written(tmp_path / "rows.jsonl", 0)
+
+
+def test_parts_run_on_simulated_devices_and_leave_json_and_tables(tmp_path, capsys):
+    parts = ["cap", "machine", "traps"]
+    assert on_device.main(["--simulated", "2", "--out", str(tmp_path), "--parts", *parts]) == 0
+    record = json.loads((tmp_path / "summary.json").read_text())
+    found = {part["name"]: part for part in record["parts"]}
+    assert list(found) == ["machine", "traps", "cap"]  # in their own order
+    assert [part["status"] for part in record["parts"]] == [RAN, RAN, CANNOT]
+    assert found["machine"]["rows"][0]["count"] == 2
+    assert "needs CUDA" in found["cap"]["why"]
+    checks = found["traps"]["rows"]
+    assert len(checks) == 6
+    assert all(row["right"] and not row["there"] for row in checks)
+    assert not record["error"]
+    for summary in ((tmp_path / "summary.md").read_text(), capsys.readouterr().out):
+        assert "6 right" in summary
+        assert "| cap | cannot run |" in summary
+    lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert {line["part"] for line in lines} == {"machine", "traps", "cap"}
+
+
+def test_every_part_is_in_the_order_and_in_the_help(capsys):
+    assert set(PARTS) == set(on_device.NAMES)
+    errors = [PARTS[name].correctness for name in on_device.NAMES if name != "machine"]
+    assert errors == sorted(errors, reverse=True)  # what is wrong comes before what is slow
+    with pytest.raises(SystemExit):
+        on_device.main(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"  {name}" in said for name in on_device.NAMES)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code"),
+    [
+        (Outcome("exact", True, RAN, rows=[{"right": True}]), 0),
+        (Outcome("exact", True, RAN, rows=[{"right": True}, {"right": False}]), 1),
+        (Outcome("exact", True, FAILED, "RuntimeError: no"), 1),
+        (Outcome("exact", True, CUT, squeezed=False), 1),
+        (Outcome("exact", True, CUT, squeezed=True), 0),
+        (Outcome("exact", True, CANNOT, "no such device"), 0),
+        (Outcome("speed", False, FAILED, "RuntimeError: no"), 0),
+    ],
+)
+def test_it_ends_with_1_where_an_error_was_found(tmp_path, monkeypatch, outcome, code):
+    monkeypatch.setattr(on_device, "run_part", lambda *_: outcome)
+    assert on_device.main(["--out", str(tmp_path), "--parts", outcome.name]) == code
+    assert json.loads((tmp_path / "summary.json").read_text())["error"] is bool(code)
+    assert ("WRONG" in (tmp_path / "summary.md").read_text()) is bool(code)
+
+
+def test_what_comes_late_gets_what_is_left(tmp_path, monkeypatch):
+    limits = {}
+
+    def run(name, limit, simulated, out):
+        limits[name] = limit
+        return Outcome(name, PARTS[name].correctness, RAN)
+
+    monkeypatch.setattr(on_device, "run_part", run)
+    monkeypatch.setattr(on_device.time, "monotonic", iter([0.0, 0.0, 180.0, 195.0]).__next__)
+    on_device.main(["--out", str(tmp_path), "--budget", "200", "--parts", "traps", "exact", "speed"])
+    assert limits == {"traps": PARTS["traps"].seconds, "exact": 20.0}
+    assert json.loads((tmp_path / "summary.json").read_text())["parts"][-1]["status"] == NO_TIME
+
+
+def test_a_part_ends_at_its_limit_with_all_that_it_started(tmp_path):
+    child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    log = tmp_path / "log.txt"
+    assert on_device.ended([sys.executable, "-c", parent], 3.0, log) is None
+    pid = int(log.read_text())
+    deadline = time.monotonic() + 5
+    while running(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not running(pid)
+    assert on_device.ended([sys.executable, "-c", "raise SystemExit(7)"], 30.0, log) == 7
+
+
+def running(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def test_a_part_that_raises_says_what_and_shows_its_last_lines(tmp_path, monkeypatch):
+    def fail(command, limit, log):
+        with (tmp_path / "rows.jsonl").open("a") as file:
+            print(json.dumps({"part": "speed", "raised": "RuntimeError: out of luck"}), file=file)
+            file.write('{"part": "spe')  # ended while it wrote
+        with log.open("a") as file:
+            file.write("its last line\n")
+        return 1
+
+    monkeypatch.setattr(on_device, "ended", fail)
+    outcome = on_device.run_part("speed", 10.0, 0, tmp_path)
+    assert (outcome.status, outcome.why, outcome.tail) == (FAILED, "RuntimeError: out of luck", ["its last line"])
+    assert outcome.rows == [{"raised": "RuntimeError: out of luck"}]
+
+
+def test_failing_tests_are_reported_one_by_one(bench, tmp_path):
+    path = tmp_path / "test_two.py"
+    path.write_text("def test_a():\n    pass\n\ndef test_b():\n    assert 1 == 2, 'no'\n")
+    outcomes = Outcomes(bench)
+    pytest.main(["-c", os.devnull, f"--rootdir={tmp_path}", "-p", "no:cacheprovider", str(path)], plugins=[outcomes])
+    (row,) = rows(tmp_path)
+    assert row["what"].endswith("test_two.py::test_b")
+    assert row["right"] is False
+    assert "no" in row["why"]
+    assert outcomes.counts == {"passed": 1, "failed": 1}
+
+
+def test_bits_apart_are_counted(bench):
+    expected = trained(bench, 1, "never", torch.float32)
+    assert apart(expected, trained(bench, len(BALANCES), "always", torch.float32))["apart"] == 0
+    name = next(iter(expected))
+    found = apart(expected, expected | {name: expected[name] + 0.5})
+    assert (found["apart"], found["first"]) == (1, name)
+    assert found["worst"] == pytest.approx(0.5)
+
+
+def test_wrong_gradients_are_seen():
+    pipe = gpipe.GPipe(torch.nn.Sequential(torch.nn.Linear(2, 2)), [1], devices=["sim:0"])
+    pipe(torch.ones(2, 2)).sum().backward()
+    right = [p.grad.clone() for p in pipe.parameters()]
+    assert not differ(right, pipe)
+    assert differ([right[0] + 0.1, right[1]], pipe)
+
+
+def test_stages_on_streams_of_their_own_compute_the_same_without_races(bench):
+    x = torch.randn(2, 8, 4, 64, device=bench.device)
+    found = []
+    for streams in ([], [torch.Stream(bench.device) for _ in range(2)]):
+        pipe = gpipe.GPipe(encoder(2, 64), [1, 1], devices=[bench.device] * 2, chunks=4, checkpoint="never")
+
+        def step(pipe=pipe):
+            pipe.zero_grad()
+            pipe.train_step(*x, torch.nn.functional.mse_loss, loss_over="micro_batch", schedule="one_f_one_b")
+
+        if streams:
+            with on_streams(streams):
+                in_turns(bench, {"step": step}, rounds=1)
+        else:
+            step()
+        found.append([p.grad.cpu() for p in pipe.parameters()])
+    assert all(map(torch.equal, *found))
+    assert len({stream.stream_id for stream in streams}) == 2
+
+
+def test_a_cell_takes_its_seconds_in_the_actions_they_belong_to():
+    cost = StageCost(0.02, 0.05, 0.03)
+    pipe = gpipe.GPipe(
+        torch.nn.Sequential(overlap.Busy(cost), overlap.Busy(cost)),
+        [1, 1],
+        devices=["sim:0", "sim:1"],
+        chunks=2,
+        checkpoint="never",
+    )
+    x, y = torch.randn(2, overlap.WIDTH, device="sim:0"), torch.randn(2, overlap.WIDTH, device="sim:1")
+    with gpipe.record(pipe) as timeline:
+        pipe.train_step(x, y, torch.nn.functional.mse_loss, loss_over="micro_batch", schedule="zero_bubble_h1")
+    expected = {Kind.FORWARD: 0.02, Kind.INPUT_GRADIENT: 0.05, Kind.WEIGHT_GRADIENT: 0.03}
+    for spans in timeline.workers:
+        for action, start, end in spans:
+            assert end - start == pytest.approx(expected[action.kind], abs=0.008)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "one_f_one_b", "zero_bubble_h1"])
+def test_a_step_is_near_the_simulated_one(schedule):
+    case = overlap.Case(2, 4, schedule, even=False, copy=0.004)
+    assert case.simulated() < min(overlap.measured(case, rounds=2)) < 1.1 * case.simulated()
+
+
+def test_the_table_of_steps_beside_the_simulators(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("rich")
+    from benchmarks import device_overlap, harness
+
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    device_overlap.main(["--stages", "2", "--copies", "0", "--rounds", "1"])
+    record = json.loads((tmp_path / "device_overlap.json").read_text())
+    (table,) = record["results"]
+    assert [row[3] for row in table["rows"]] == ["gpipe", "one_f_one_b", "zero_bubble_h1"] * 2
+    assert all(float(row[-1]) > 0.9 for row in table["rows"])
+    assert all(len(samples["seconds"]) == 1 for samples in record["samples"].values())
