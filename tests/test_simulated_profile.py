@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(not accelerators.started(), reason="needs simulated accelerators: --accelerators"),
 ]
 
-FORWARD, BACKWARD, LAUNCHING = 0.02, 0.03, 0.004  # seconds
+FORWARD, BACKWARD, LAUNCHING = 0.04, 0.06, 0.01  # seconds
 
 
 class Taking(torch.autograd.Function):
@@ -45,8 +45,8 @@ class Slow(nn.Linear):
 # The host waited for the device before and after every cell, and so launching counted in full.
 def test_seconds_are_the_devices_where_it_takes_longer_than_launching():
     for cost in profile(nn.Sequential(Slow(4, 4), Slow(4, 4)), torch.ones(8, 4, device="sim:0"), repeats=3):
-        assert cost.forward_seconds == pytest.approx(FORWARD, abs=0.001)
-        assert cost.backward_seconds == pytest.approx(BACKWARD, abs=0.001)
+        assert cost.forward_seconds == pytest.approx(FORWARD, abs=0.005)
+        assert cost.backward_seconds == pytest.approx(BACKWARD, abs=0.005)
 
 
 # Every round copied every cell to the device.
