@@ -268,7 +268,7 @@ def hold_on_rank(rank):
 
 
 def test_what_was_waited_for_keeps_no_tensors(world):
-    assert world.values(hold_on_rank) == [0, 0, 0]
+    assert all(grown <= 0 for grown in world.values(hold_on_rank))  # what earlier tests sent may go meanwhile
 
 
 SECONDS = 0.4
