@@ -95,6 +95,7 @@ def test_gradients_that_are_none_and_values():
     assert size == 8
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")  # by torch's own pickling
 def test_tensors_that_are_no_plain_memory():
     sparse = torch.eye(3).to_sparse()
     conjugate = torch.complex(torch.ones(2), torch.ones(2)).conj()

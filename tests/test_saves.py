@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from disks import room_for
 from nets import assert_same, linears, make_pipe
-from test_saving import room_for
 from torch import nn
 
 from gpipe import Restored, Saves

@@ -1,12 +1,9 @@
 import os
-import resource
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from disks import room_for
 
 from gpipe.training.errors import RunError
 from gpipe.training.saving import read_weights, replacing, write_text, write_weights
@@ -14,19 +11,6 @@ from gpipe.training.saving import read_weights, replacing, write_text, write_wei
 
 def steps(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-@contextmanager
-def room_for(size: int) -> Iterator[None]:
-    """Let no file of this process grow beyond ``size`` bytes: to the writer it looks as a full disk does."""
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
 
 
 def test_a_full_disk_costs_no_weights(tmp_path: Path) -> None:

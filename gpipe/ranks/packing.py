@@ -7,6 +7,7 @@ their elements.
 
 from __future__ import annotations
 
+import copyreg
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +15,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import treespec_leaf
 
 from gpipe.boundary import Boundary
 from gpipe.memory import alignment, by_storage, elements_alone, window
 
 Message = Boundary | Sequence[Any]
+
+# The structure of a tree ends in torch's one leaf. Before torch 2.14 every message would make another, with a warning.
+copyreg.pickle(type(treespec_leaf()), lambda _: (treespec_leaf, ()))
 
 
 class _Value(NamedTuple):
