@@ -39,6 +39,8 @@ def test_wheel_holds_the_mapped_packages(wheel):
             assert f"{package}/{file.name}" in names
     assert "gpipe/training/cli.py" in names
     assert "gpipe/py.typed" in names
+    native = ROOT / "gpipe" / "testing" / "accelerators" / "native"
+    assert names >= {str(file.relative_to(ROOT)) for file in native.iterdir()}  # built where it is used
     assert not {name.split("/")[0] for name in names} & {"models", "partitioning", "tests", "benchmarks", "examples"}
 
 

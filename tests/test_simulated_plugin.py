@@ -64,10 +64,11 @@ def test_is_told_of_no_others_race():
 """
 
 
-def run(*command, **environment):
+def run(*command, cwd=None, **environment):
     inherited = {k: v for k, v in os.environ.items() if k not in (accelerators.COUNT, accelerators.MEMORY)}
     return subprocess.run(
         [sys.executable, *command],
+        cwd=cwd,
         env=inherited | {"PYTHONPATH": str(ROOT)} | environment,
         capture_output=True,
         text=True,
@@ -84,9 +85,9 @@ def test_every_report_fails_the_test_that_made_it(tmp_path, workers):
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_races.py").write_text(TESTS)
     settings = ["--rootdir", str(tmp_path), "--accelerators", "2", "--accelerator-memory", "1MiB", "-rA"]
-    ended = run_pytest(*settings, *workers, str(tmp_path))
+    ended = run_pytest(*settings, *workers, cwd=tmp_path)
     out = ended.stdout
-    assert "simulated accelerators: sim:0 to sim:1" in out or workers
+    assert "simulated accelerators: sim:0 to sim:1 of 1 MiB each" in out
     for line in (
         "PASSED test_races.py::test_there_are_two",
         "FAILED test_races.py::test_races",
@@ -99,6 +100,18 @@ def test_every_report_fails_the_test_that_made_it(tmp_path, workers):
     found = "(thread MainThread) writes over what aten::fill_ on the default stream of sim:1 (thread MainThread) may"
     assert out.count(found) >= 3
     assert "aten::mul_ on stream 2 of sim:1" in out
+
+
+def test_it_may_be_named_by_a_conftest(tmp_path):
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["gpipe.testing.accelerators"]')
+    (tmp_path / "test_races.py").write_text(TESTS)
+    settings = ["-m", "pytest", "--rootdir", str(tmp_path), "-p", "no:cacheprovider", "-k", "test_races"]
+    out = run(*settings, cwd=tmp_path, GPIPE_SIMULATED_ACCELERATORS="2").stdout
+    assert "1 failed, 4 deselected" in out, out
+    (tmp_path / "conftest.py").write_text(CONFTEST + 'pytest_plugins = ["gpipe.testing.accelerators"]')
+    ended = run(*settings, cwd=tmp_path)
+    assert "call start() before the first backward (in pytest: -p gpipe.testing.accelerators)" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def refused(**environment):

@@ -23,6 +23,7 @@ BUILD = "GPIPE_SIMULATED_BUILD"
 
 _NAME = "gpipe_sim"
 _SOURCES = Path(__file__).parent / "native"
+_FLAGS = ["-O1", "-g0", "-DNDEBUG"]  # NDEBUG as torch itself: the layout of its classes depends on it
 _native: Any = None
 
 
@@ -55,7 +56,7 @@ def load() -> Any:
 
 def _folder() -> Path:
     """Where it is built: other sources, another torch or another Python have another folder."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(" ".join(_FLAGS).encode())
     for source in sorted([*_SOURCES.glob("*.h"), *_SOURCES.glob("*.cpp")]):
         digest.update(source.name.encode() + source.read_bytes())
     cache = os.environ.get(BUILD) or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "gpipe").expanduser()
@@ -136,6 +137,6 @@ def _compiled(folder: Path) -> Any:
             from torch.utils import cpp_extension
 
             sources = [str(source) for source in sorted(_SOURCES.glob("*.cpp"))]
-            return cpp_extension.load(_NAME, sources, build_directory=str(folder), extra_cflags=["-O1", "-g0"])
+            return cpp_extension.load(_NAME, sources, build_directory=str(folder), extra_cflags=_FLAGS)
     finally:
         logger.setLevel(level)

@@ -56,7 +56,7 @@ inline void copy_with_host(const at::Tensor& source, const at::Tensor& target, b
   }
   bool plain = host.is_contiguous() && host.dtype() == ours.dtype() && host.numel() > 0;
   bool pinned = plain && is_pinned(host.const_data_ptr());
-  if (!to_host && pinned) reads_host(copy, host.const_data_ptr(), host.nbytes());
+  if (pinned) uses_host(copy, host.const_data_ptr(), host.nbytes(), to_host);
   move_bytes(target, source);
   if (non_blocking && pinned) {
     start_transfer(copy, host.storage(), const_cast<void*>(host.const_data_ptr()), host.nbytes(), to_host);

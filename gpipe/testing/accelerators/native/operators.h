@@ -42,14 +42,8 @@ inline at::Tensor on_cpu(const at::Tensor& tensor) {
   return like(tensor, std::move(same), c10::DispatchKey::CPU);
 }
 
-// Memory of the CPU as that of the device; copied where it does not start as the device's own does.
 inline c10::DataPtr adopted(const c10::Storage& storage, DeviceIndex device) {
   Block* block = new_block(device, storage.nbytes());
-  if (block->size && reinterpret_cast<uintptr_t>(storage.data()) % kAlignment) {
-    TORCH_CHECK(!posix_memalign(&block->memory, kAlignment, block->size), "the host has no memory left");
-    std::memcpy(block->memory, storage.data(), storage.nbytes());
-    return {block->memory, block, &free_block, Device(kSim, device)};
-  }
   block->adopted = storage;
   return {const_cast<c10::Storage&>(storage).mutable_data(), block, &free_block, Device(kSim, device)};
 }
@@ -83,6 +77,11 @@ inline bool host_needs_result(const std::string& name, const std::vector<c10::IV
 
 inline bool takes_host_tensors(const std::string& name) {
   return name == "aten::index" || name == "aten::index_put_" || name == "aten::_index_put_impl_";
+}
+
+// Marked as one that draws, which it does not on the CPU: with dropout another kernel is chosen.
+inline bool is_attention(const std::string& name) {
+  return name == "aten::_fused_sdp_choice" || name == "aten::_scaled_dot_product_flash_attention_for_cpu";
 }
 
 inline bool is_written(const c10::FunctionSchema& schema, size_t argument) {
@@ -189,7 +188,7 @@ class Call {
   void draw() {
     for (size_t i = 0; i < given_.size() && !draws_; i++)
       if (schema_.arguments()[i].name() == "generator" && given_[i].isNone()) argument(i) = drawn(default_generators()[device_]);
-    TORCH_CHECK(draws_ || name_ == "aten::_fused_sdp_choice" || !op_.hasTag(at::Tag::nondeterministic_seeded),
+    TORCH_CHECK(draws_ || is_attention(name_) || !op_.hasTag(at::Tag::nondeterministic_seeded),
                 "a simulated accelerator cannot draw random numbers in ", name_);
   }
 

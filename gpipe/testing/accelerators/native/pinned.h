@@ -6,6 +6,8 @@
 
 #include "memory.h"
 
+#include <atomic>
+
 namespace sim {
 
 struct Transfer {
@@ -25,6 +27,12 @@ struct Pinned {
 inline Pinned& pinned() {
   static auto* made = new Pinned;
   return *made;
+}
+
+// How many transfers are on their way to the host.
+inline std::atomic<int>& arrivals() {
+  static std::atomic<int> count{0};
+  return count;
 }
 
 inline bool is_pinned(const void* pointer) {
@@ -67,6 +75,7 @@ inline void start_transfer(const Launch& launch, const c10::Storage& host, void*
   Transfer transfer{launch, host, place, std::vector<char>(place, place + size), arrives};
   Lock lock(runtime().mutex);
   if (arrives) std::memset(place, kPoison, size);
+  arrivals() += arrives;
   pinned().transfers.push_back(std::move(transfer));
 }
 
@@ -79,6 +88,7 @@ inline bool overwritten(const Transfer& transfer) {
 inline void end(const Transfer& transfer) {
   if (overwritten(transfer))
     report("the host wrote into pinned memory before " + described(transfer.launch) + " was waited for");
+  arrivals() -= transfer.arrives;
   if (transfer.arrives) std::memcpy(transfer.place, transfer.bytes.data(), transfer.bytes.size());
 }
 
@@ -110,16 +120,16 @@ inline bool overlaps(const Transfer& transfer, const void* at, size_t size) {
   return place < transfer.place + transfer.bytes.size() && transfer.place < place + size;
 }
 
-// A copy reads the host's memory, on a stream: what arrives there must have been waited for, by the stream at least.
-inline void reads_host(const Launch& launch, const void* at, size_t size) {
+// A copy reads or writes the host's memory: what is on its way there must come before it, and then has ended.
+inline void uses_host(const Launch& launch, const void* at, size_t size, bool writes) {
   std::vector<Transfer> ended;
   Lock lock(runtime().mutex);
+  auto meets = [&](const Transfer& t) { return overlaps(t, at, size) && (writes || t.arrives); };
   for (auto& transfer : pinned().transfers)
-    if (transfer.arrives && overlaps(transfer, at, size) && !comes_after(launch.stream, transfer.launch))
-      report(described(launch) + " reads pinned memory that " + described(transfer.launch) + " may not have written yet");
-  ended = end_transfers([&](const Transfer& t) {
-    return t.arrives && overlaps(t, at, size) && comes_after(launch.stream, t.launch);
-  });
+    if (meets(transfer) && !comes_after(launch.stream, transfer.launch))
+      report(described(launch) + (writes ? " writes over" : " reads") + " pinned memory that " +
+             described(transfer.launch) + (transfer.arrives ? " may not have written yet" : " may still read"));
+  ended = end_transfers(meets);
 }
 
 }  // namespace sim

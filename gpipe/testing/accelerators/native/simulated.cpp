@@ -1,12 +1,14 @@
 // Simulated accelerators for torch: devices, streams, memory and operators over the CPU, with a race detector.
 //
 // Read in this order: runtime.h (time and order), detector.h (races), memory.h and pinned.h, devices.h (what torch asks
-// of a device), operators.h, copies.h, autocast.h; here all of it is registered.
+// of a device), operators.h, copies.h, host.h, autocast.h; here all of it is registered.
 #include "autocast.h"
 #include "copies.h"
+#include "host.h"
 #include "threads.h"
 
 #include <ATen/native/Resize.h>
+#include <ATen/native/transformers/attention.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/set_native.h>
@@ -75,11 +77,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
   return {stack[0].toTensor(), stack[1].toTensor(), stack[2].toTensor()};
 }
 
+// Which kernel attention takes: the one that it takes on the CPU.
+int64_t attention_kernel(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                         const std::optional<at::Tensor>& mask, double dropout, bool causal, std::optional<double> scale,
+                         bool grouped) {
+  if (mask && mask->requires_grad()) return int64_t(at::SDPBackend::math);
+  auto on_cpu_if_given = mask ? std::optional<at::Tensor>(on_cpu(*mask)) : std::nullopt;
+  return at::_fused_sdp_choice(on_cpu(query), on_cpu(key), on_cpu(value), on_cpu_if_given, dropout, causal, scale, grouped);
+}
+
 at::Tensor spend(const at::Tensor& x, double seconds) {
   if (is_ours(x)) {
     Lock lock(runtime().mutex);
-    stream_waits(current_stream(x.device().index()), {}, now());
-    runtime().streams[current_stream(x.device().index())].busy_until += seconds;
+    auto& busy_until = runtime().streams[current_stream(x.device().index())].busy_until;
+    busy_until = std::max(busy_until, now()) + seconds;
   } else {
     std::this_thread::sleep_for(std::chrono::duration<double>(seconds));
   }
@@ -142,6 +153,7 @@ void start(int devices, int64_t memory) {
   c10::SetAllocator(kSim, allocator());
   at::RegisterPrivateUse1HooksInterface(new Hooks);
   prefer_cpu_kernels();
+  start_watching_host();
 }
 
 std::vector<std::string> reports() {
@@ -188,6 +200,10 @@ void set_capacity(int device, int64_t size) {
 }
 
 }  // namespace sim
+
+namespace at::native {
+REGISTER_PRIVATEUSE1_DISPATCH(_fused_sdp_choice_stub, &sim::attention_kernel)
+}
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("start", &sim::start);
