@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import isfunction
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -69,6 +70,19 @@ def refuse_hooks(module: nn.Module, call: str) -> None:
             f"the wrapped module has forward or backward hooks, which {call} would pass over: register them on its "
             "cells, or call pipe(inputs) and loss.backward()"
         )
+
+
+def refuse_graphed(cells: Iterable[Cell]) -> None:
+    """Raise a RuntimeError if a cell, or a part of one, is what ``torch.cuda.make_graphed_callables`` made of it."""
+    for name, cell in cells:
+        for part, m in cell.named_modules():
+            if any(isfunction(f) and "make_graphed_callables.<locals>" in f.__qualname__ for f in vars(m).values()):
+                where = f"{name}.{part}" if part else name
+                raise RuntimeError(
+                    f"cell {where} ({type(m).__name__}) runs as a CUDA graph (torch.cuda.make_graphed_callables), "
+                    "which keeps its outputs and activations in the same memory every time: micro-batches in flight "
+                    "would overwrite each other's. Wrap the module as it was before, or use torch.compile on its cells"
+                )
 
 
 def registries(module: nn.Module) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from gpipe import batchnorm, lanes
 from gpipe.autograd import attach
 from gpipe.balancing import MemoryLimit, planned
 from gpipe.boundary import Boundary
-from gpipe.cells import entry, links, refuse_hooks, registries, shared_buffers, switched
+from gpipe.cells import entry, links, refuse_graphed, refuse_hooks, registries, shared_buffers, switched
 from gpipe.choosing import AnySchedule, chosen
 from gpipe.context import autocast_off, refuse_transforms
 from gpipe.gradients import trainable
@@ -102,6 +102,7 @@ class GPipe(nn.Module):
         self.seed = check_seed(seed)
         self.step = 0
         self._intra_op_threads = max(1, torch.get_num_threads() // max(1, len(self.balance)))
+        refuse_graphed(cells)
         vars(self).update(registries(module), module=module)
         self._build(cells)
         if deferred_batch_norm:
@@ -355,6 +356,7 @@ class GPipe(nn.Module):
         if others or any(entry(parent._modules, name) is not part for part, (parent, name) in self._links.items()):
             raise RuntimeError("the wrapped module's cells were replaced after wrapping: wrap the module again")
         if self._workers is None or not self._workers.usable():
+            refuse_graphed(self._cells)  # since it was wrapped, before the first mini-batch
             self._workers = workers_for(len(self._stages), self._intra_op_threads)
         keep = kept_micro_batches(self.checkpoint, len(self._stages), micro_batches)
         if not torch.is_grad_enabled():

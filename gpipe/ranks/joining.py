@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from gpipe.cells import shared_buffers
+from gpipe.cells import refuse_graphed, shared_buffers
 from gpipe.choosing import AnySchedule, chosen
 from gpipe.partitioning.cells import Cell, cells_of
 from gpipe.partitioning.skips import skips_of
@@ -127,6 +127,7 @@ class _Joining:
         module = self._given if self._built is None else self._built.module
         assert isinstance(module, nn.Module)
         self._module, self._cells = module, cells_of(module)
+        refuse_graphed(self._cells)
         self._balance, self._hosts = self._divided()
         self._checkpoint = check_checkpoint(given.checkpoint, len(self._balance))
         keep = kept_micro_batches(self._checkpoint, len(self._balance), self._chunks)
