@@ -224,7 +224,7 @@ def joined(errors: Console) -> Iterator[World]:
 
 
 def _join() -> None:
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    backend = _backend()
     try:
         store, rank, ranks = next(rendezvous("env://"))
         # torchrun's store may outlive its processes: those it starts again must not find what others left there.
@@ -233,6 +233,15 @@ def _join() -> None:
     except ValueError as error:
         problem = f"{error}; start ranks with torchrun, or unset WORLD_SIZE for a single process"
         raise ConfigurationError("environment", [problem]) from error
+
+
+def _backend() -> str:
+    """What carries messages: between accelerators what torch has for them, NCCL for CUDA; gloo for all else."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    carrier = None if accelerator is None else dist.Backend.default_device_backend_map.get(accelerator.type)
+    if accelerator is None or carrier is None or carrier == "gloo" or not dist.is_backend_available(carrier):
+        return "gloo"
+    return f"cpu:gloo,{accelerator.type}:{carrier}"
 
 
 @contextmanager
