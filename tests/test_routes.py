@@ -1,8 +1,9 @@
 """Routes between ranks: whatever layouts follow each other, what arrives is what was sent, and nothing stays behind."""
 
+import gc
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from unittest import mock
 
 import pytest
@@ -13,6 +14,7 @@ from nets import assert_same, gradients, make_pipe
 from test_distributed import joined, wrapped
 from test_failures import Bomb
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from worlds import Raised, World
 
 from gpipe.ranks.direct import Direct, accelerator, direct
@@ -38,7 +40,12 @@ class Polled:
 
     def __init__(self, work):
         self._ended = threading.Event()
-        threading.Thread(target=lambda: (work.wait(), self._ended.set()), daemon=True).start()
+        threading.Thread(target=self._watch, args=(work,), daemon=True).start()
+
+    def _watch(self, work):
+        with suppress(RuntimeError):  # the other rank failed
+            work.wait()
+        self._ended.set()
 
     def wait(self):
         self._ended.wait()
@@ -252,3 +259,24 @@ def fail_straight(rank, at):
 def test_a_failure_ends_a_pipe_whose_tensors_go_straight(two, at):
     found = two.run(fail_straight, at)
     assert all(isinstance(raised, Raised) and "boom" in raised.message for raised in found)
+
+
+def groups(rank, replicas):
+    gc.collect()  # pipes of other tests
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "pp")) if replicas else None
+    before = len(dist.distributed_c10d._world.pg_map)
+    if replicas:
+        pipe = wrapped(wide(), [5], 4, F.mse_loss, mesh=mesh)
+    else:
+        pipe = straight_pipe(rank, wide(), [3, 2])
+    pipe.train_step(torch.ones(32, 8), torch.zeros(32, 8))
+    during = len(dist.distributed_c10d._world.pg_map)
+    del pipe
+    gc.collect()
+    return during - before, len(dist.distributed_c10d._world.pg_map) - before
+
+
+@pytest.mark.parametrize(("replicas", "number"), [(False, 4), (True, 3)])
+def test_a_pipe_that_is_gone_has_no_groups(two, replicas, number):
+    """Two of gloo's, and one for every route between accelerators, or one of replicas."""
+    assert two.values(groups, replicas) == [(number, 0), (number, 0)]
