@@ -47,10 +47,12 @@ inline void writes(Uses& uses, const Launch& launch) {
 }
 
 // Memory goes back to the stream it was allocated on, whose next allocation may be the same memory. Other streams must
-// have been waited for by then, or been named by record_stream.
+// have been waited for by then, be named by record_stream, or be waited for by one that is.
 inline void frees(const Uses& uses, int stream, const std::set<int>& recorded, const std::string* thread) {
   auto check = [&](const Launch& use) {
-    if (recorded.count(use.stream) || comes_after(stream, use)) return;
+    if (comes_after(stream, use)) return;
+    for (int other : recorded)
+      if (comes_after(other, use)) return;
     report("memory of " + name_of(stream) + " was freed (thread " + *thread + ") while " + described(use) +
            " may still use it: call record_stream, or let the stream that it was allocated on wait first");
   };
