@@ -105,9 +105,9 @@ def test_every_report_fails_the_test_that_made_it(tmp_path, workers):
 def test_it_may_be_named_by_a_conftest(tmp_path):
     (tmp_path / "conftest.py").write_text('pytest_plugins = ["gpipe.testing.accelerators"]')
     (tmp_path / "test_races.py").write_text(TESTS)
-    settings = ["-m", "pytest", "--rootdir", str(tmp_path), "-p", "no:cacheprovider", "-k", "test_races"]
+    settings = ["-m", "pytest", "--rootdir", str(tmp_path), "-p", "no:cacheprovider", "test_races.py::test_races"]
     out = run(*settings, cwd=tmp_path, GPIPE_SIMULATED_ACCELERATORS="2").stdout
-    assert "1 failed, 4 deselected" in out, out
+    assert "1 failed in" in out, out
     (tmp_path / "conftest.py").write_text(CONFTEST + 'pytest_plugins = ["gpipe.testing.accelerators"]')
     ended = run(*settings, cwd=tmp_path)
     assert "call start() before the first backward (in pytest: -p gpipe.testing.accelerators)" in ended.stderr

@@ -61,10 +61,10 @@ def pytest_xdist_setupnodes() -> None:
 def pytest_report_header() -> list[str]:
     """What the tests run on."""
     count = torch.accelerator.device_count()
-    size = torch.accelerator.get_memory_info(0)[1] / 2**30
-    lines = [
-        f"simulated accelerators: sim:0 to sim:{count - 1}, {size:g} GiB each; races fail the tests that make them"
-    ]
+    size = torch.accelerator.get_memory_info(0)[1]
+    unit = "GiB" if size >= 2**30 else "MiB"
+    each = f"of {size / _UNITS[unit]:g} {unit} each"
+    lines = [f"simulated accelerators: sim:0 to sim:{count - 1} {each}; races fail the tests that make them"]
     if torch.cuda.is_available():
         lines.append("simulated accelerators: this machine's CUDA devices are beside them; torch.accelerator means sim")
     return lines
