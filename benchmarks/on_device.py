@@ -115,6 +115,7 @@ def perform(name: str, simulated: int, rows: Path) -> int:
         try:
             if kind is None:
                 raise CannotRun("this machine has no accelerator: --simulated 4 shows that the parts work")
+            torch.zeros((), device=bench.device)  # CUDA has no generators before its first tensor
             PARTS[name].run(bench)
         except CannotRun as reason:
             bench.say(cannot_run=str(reason))

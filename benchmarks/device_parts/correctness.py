@@ -140,6 +140,8 @@ def tests(bench: Bench) -> None:
 def world_of_one(bench: Bench) -> None:
     """A world of one rank, over NCCL where there is CUDA: it comes up, and its bits are those of threads."""
     backend = "cpu:gloo,cuda:nccl" if bench.device.type == "cuda" else "gloo"
+    for library in ("GLOO", "NCCL"):  # a machine's own name may not be known
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     dist.init_process_group(backend, store=store, rank=0, world_size=1)
     torch.use_deterministic_algorithms(True)

@@ -63,10 +63,12 @@ def alone(bench: Bench, stage: nn.Module, x: Tensor, stream: torch.Stream, dtype
     """A stage's seconds on its part of the device, nothing else running."""
     own = x.chunk(MICRO_BATCHES)[0].clone().requires_grad_()
     bench.synchronize()
+    here = torch.accelerator.current_stream(bench.device)
 
     def forward() -> Tensor:
         with stream, bench.autocast(dtype):
             y: Tensor = stage(own)
+        here.wait_stream(stream)
         return y
 
     gradient = torch.randn_like(forward())
@@ -75,6 +77,7 @@ def alone(bench: Bench, stage: nn.Module, x: Tensor, stream: torch.Stream, dtype
         y = forward()
         with stream:
             y.backward(gradient)
+        here.wait_stream(stream)
 
     bench.synchronize()
     found = in_turns(bench, {"forward": forward, "both": both})
@@ -122,7 +125,10 @@ def disjoint(bench: Bench, count: int) -> tuple[list[torch.Stream], int]:
         flag = driver.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
         context = ok(driver.cuGreenCtxCreate(description, device, flag))
         stream = ok(driver.cuGreenCtxStreamCreate(context, driver.CUstream_flags.CU_STREAM_NON_BLOCKING, 0))
-        streams.append(torch.cuda.ExternalStream(int(stream), device=bench.device))
+        external = torch.cuda.ExternalStream(int(stream), device=bench.device)
+        # as torch.accelerator's: its events and those of torch.cuda's streams do not go together
+        ids = {name: getattr(external, name) for name in ("stream_id", "device_index", "device_type")}
+        streams.append(torch.Stream(**ids))
     return streams, groups[0].sm.smCount
 
 
@@ -150,7 +156,7 @@ def on_streams(streams: Sequence[torch.Stream]) -> Iterator[None]:
             stream.wait_event(self._sent.pop((source, target, direction, micro_batch)))
             if target == CALLER:  # parameters' gradients too
                 for other in streams:
-                    stream.wait_event(other.record_event())
+                    stream.wait_stream(other)
 
             def used(tensor: Tensor) -> Tensor:
                 if tensor.device == stream.device:
