@@ -42,8 +42,14 @@ inline at::Tensor on_cpu(const at::Tensor& tensor) {
   return like(tensor, std::move(same), c10::DispatchKey::CPU);
 }
 
+// Memory of the CPU as that of the device; copied where it does not start as the device's own does.
 inline c10::DataPtr adopted(const c10::Storage& storage, DeviceIndex device) {
   Block* block = new_block(device, storage.nbytes());
+  if (block->size && reinterpret_cast<uintptr_t>(storage.data()) % kAlignment) {
+    TORCH_CHECK(!posix_memalign(&block->memory, kAlignment, block->size), "the host has no memory left");
+    std::memcpy(block->memory, storage.data(), storage.nbytes());
+    return {block->memory, block, &free_block, Device(kSim, device)};
+  }
   block->adopted = storage;
   return {const_cast<c10::Storage&>(storage).mutable_data(), block, &free_block, Device(kSim, device)};
 }
