@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from gpipe.batchnorm import Statistics, commit, defer
 from gpipe.boundary import Boundary
-from gpipe.cells import refuse_hooks
+from gpipe.cells import refuse_graphed, refuse_hooks
 from gpipe.choosing import AnySchedule, chosen
 from gpipe.context import autocast_off, refuse_transforms
 from gpipe.gradients import collected, trainable
@@ -114,6 +114,7 @@ class DistributedGPipe(SliceModule):
         self.step = 0
         self.recording = Recording()
         self.metered = False
+        self._began = False
         self._averaging: Averaging | None = None
         if joined.share.position.group is not None:
             self._averaging = Averaging(joined.share.position, self._averaged(), self.device)
@@ -295,6 +296,9 @@ class DistributedGPipe(SliceModule):
         return row_count(inputs)
 
     def _started(self, relay: Relay, call: str, inputs: Any) -> int:
+        if not self._began:
+            refuse_graphed(self._cells)  # since it was wrapped, before the first mini-batch
+            self._began = True
         rows = relay.start(call, "training" if self.training else "eval", self.step, self._rows(inputs))
         assert rows is not None
         return rows

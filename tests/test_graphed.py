@@ -58,16 +58,24 @@ def test_a_graphed_function_that_a_cell_calls():
         make_pipe(module)
 
 
-def refused(rank):
+def refused(rank, when):
     module = net()
-    make_graphed_callables(module[1][0])
-    gpipe.DistributedGPipe(module, [1, 1], chunks=3, loss_fn=nn.functional.mse_loss, device="cpu")
+    part = module[1][0]  # which a slice of the module no longer gives
+    if when == "before":
+        make_graphed_callables(part)
+    pipe = gpipe.DistributedGPipe(module, [1, 1], chunks=3, loss_fn=nn.functional.mse_loss, device="cpu")
+    if rank == 1:
+        make_graphed_callables(part)
+    pipe.train_step(torch.ones(6, 4), torch.ones(6, 4))
 
 
-def test_graphed_on_ranks():
+@pytest.mark.parametrize(("when", "first"), [("before", REFUSED), ("after", r"rank 1.*runs as a CUDA graph")])
+def test_graphed_on_ranks(when, first):
     world = World(2)
     try:
-        found = world.run(refused, seconds=60)
+        found = world.run(refused, when, seconds=60)
     finally:
         world.close()
-    assert all(isinstance(result, Raised) and re.search(REFUSED, result.text, re.DOTALL) for result in found)
+    assert all(isinstance(result, Raised) for result in found)
+    assert re.search(first, found[0].text, re.DOTALL)
+    assert re.search(REFUSED, found[1].text, re.DOTALL)
