@@ -338,8 +338,9 @@ def test_a_host_waits_for_its_device_where_the_loss_is_read_alone(two, schedule)
 
 
 @clean
-def time_a_step(rank, stages, schedule, chunks):
+def time_a_step(rank, stages, schedule, chunks, latency):
     pipe = spending(rank, stages, 0.03, chunks, schedule)
+    accelerators.set_link(0.0, latency)
     x = torch.ones(2 * chunks, 8, device=device(rank))
     for _ in range(2):
         pipe.train_step(x, x)
@@ -351,16 +352,18 @@ def time_a_step(rank, stages, schedule, chunks):
         pipe.train_step(x, x)
         torch.accelerator.synchronize()
         taken.append(time.monotonic() - start)
+    accelerators.set_link(0.0, 0.0)
     return min(taken)
 
 
 @simulated
+@pytest.mark.parametrize("latency", [0.0, 0.015])
 @pytest.mark.parametrize("schedule", ["gpipe", "one_f_one_b"])
-def test_a_step_takes_as_long_as_simulated(three, schedule):
+def test_a_step_takes_as_long_as_simulated(three, schedule, latency):
     chunks = 6
-    found = max(three.values(time_a_step, 3, schedule, chunks, seconds=60))
+    found = max(three.values(time_a_step, 3, schedule, chunks, latency, seconds=60))
     cost = gpipe.StageCost(0.03, 0.03, 0.0)
-    expected = gpipe.simulate(gpipe.schedules.BUILDERS[schedule](3, chunks), cost).makespan
+    expected = gpipe.simulate(gpipe.schedules.BUILDERS[schedule](3, chunks), cost, (latency, 1e12)).makespan
     assert found < 1.25 * expected
 
 
