@@ -84,7 +84,10 @@ def late(x):
 
 
 @pytest.mark.filterwarnings("always:torch's default generator moved:RuntimeWarning")
-def test_a_draw_that_came_late_is_noticed():
+@pytest.mark.parametrize("counts", [True, False], ids=["by the offset", "by the state"])
+def test_a_draw_that_came_late_is_noticed(monkeypatch, counts):
+    if not counts:
+        monkeypatch.setattr(gpipe.rng, "_offset_tells", lambda device: False)
     for devices in placements():
         module = nn.Sequential(nn.Dropout(0.0), Apply(late), nn.Dropout(0.5))
         pipe = make_pipe(module, devices)
