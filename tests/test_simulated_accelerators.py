@@ -569,6 +569,20 @@ def test_others_cannot_be_started():
         accelerators.start(0)
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_have_cells_of_their_own(kind):
+    torch.manual_seed(0)
+    module = kind(6, 5, num_layers=2, batch_first=True)
+    ours = copy.deepcopy(module).to("sim:1")
+    x = torch.randn(3, 4, 6)
+    for m, device in ((module, "cpu"), (ours, "sim:1")):
+        m(x.to(device))[0].square().sum().backward()
+    for p, q in zip(module.parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(q.grad.cpu(), p.grad)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x.to("sim:1"))[0].cpu(), module(x)[0])
+
+
 def test_attention_takes_the_kernel_that_the_cpu_takes():
     q = torch.randn(2, 2, 5, 8, requires_grad=True)
     ours = q.detach().to("sim:0").requires_grad_()

@@ -114,6 +114,14 @@ def test_it_may_be_named_by_a_conftest(tmp_path):
     assert "Traceback" not in ended.stderr
 
 
+def test_the_page_prints_what_it_says():
+    page = (ROOT / "docs" / "simulated_accelerators.md").read_text()
+    program, printed = page.split("## In a program")[1].split("prints\n")
+    program = "\n".join(line.removeprefix("    ") for line in program.splitlines() if line.startswith("    "))
+    printed = next(line.strip() for line in printed.splitlines() if line.startswith("    "))
+    assert run("-c", program).stdout.strip() == printed
+
+
 def refused(**environment):
     ended = run_pytest("--collect-only", str(ROOT / "tests" / "test_public.py"), **environment)
     assert ended.returncode == pytest.ExitCode.USAGE_ERROR, ended.stdout + ended.stderr

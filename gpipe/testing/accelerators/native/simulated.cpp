@@ -86,6 +86,28 @@ int64_t attention_kernel(const at::Tensor& query, const at::Tensor& key, const a
   return at::_fused_sdp_choice(on_cpu(query), on_cpu(key), on_cpu(value), on_cpu_if_given, dropout, causal, scale, grouped);
 }
 
+// torch takes cells in one piece for nn.LSTM and nn.GRU on a device that is not the CPU. These are compositions, through
+// which autograd sees; the last of their results is what torch's own derivative would need.
+using OptionalTensor = std::optional<at::Tensor>;
+
+at::Tensor with_bias(const at::Tensor& gates, const OptionalTensor& bias) { return bias ? gates + *bias : gates; }
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> lstm_cell(const at::Tensor& input, const at::Tensor& hidden,
+                                                         const at::Tensor& cell, const OptionalTensor& input_bias,
+                                                         const OptionalTensor& hidden_bias) {
+  auto gates = with_bias(input, input_bias) + with_bias(hidden, hidden_bias);
+  auto parts = gates.chunk(4, 1);  // in, forget, cell, out
+  auto next = parts[1].sigmoid() * cell + parts[0].sigmoid() * parts[2].tanh();
+  return {parts[3].sigmoid() * next.tanh(), next, gates};
+}
+
+std::tuple<at::Tensor, at::Tensor> gru_cell(const at::Tensor& input, const at::Tensor& hidden, const at::Tensor& state,
+                                            const OptionalTensor& input_bias, const OptionalTensor& hidden_bias) {
+  auto in = with_bias(input, input_bias).chunk(3, 1), own = with_bias(hidden, hidden_bias).chunk(3, 1);
+  auto proposed = (in[2] + (in[0] + own[0]).sigmoid() * own[2]).tanh();
+  return {proposed + (in[1] + own[1]).sigmoid() * (state - proposed), input};
+}
+
 at::Tensor spend(const at::Tensor& x, double seconds) {
   if (is_ours(x)) {
     Lock lock(runtime().mutex);
@@ -117,6 +139,13 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("native_dropout", native_dropout);
   m.impl("convolution_overrideable", convolution);
   m.impl("convolution_backward_overrideable", convolution_backward);
+  m.impl("_thnn_fused_lstm_cell", lstm_cell);
+  m.impl("_thnn_fused_gru_cell", gru_cell);
+}
+
+TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, m) {
+  m.impl("_thnn_fused_lstm_cell", lstm_cell);
+  m.impl("_thnn_fused_gru_cell", gru_cell);
 }
 
 TORCH_LIBRARY(gpipe_sim, m) { m.def("spend(Tensor x, float seconds) -> Tensor"); }
