@@ -1,4 +1,4 @@
-"""Copies between accelerators, on streams of their own.
+"""Copies to and between accelerators, on streams of their own.
 
 On the devices' current streams torch's copy is a barrier of both: what is sent waits for all that the receiver was
 given so far, and all that the receiver is given next waits for what is sent. A host runs ahead of its device, so that
@@ -79,6 +79,39 @@ def _replaced(
     for i, copy in zip(places, copied([values[i] for i in places], target), strict=True):
         there[i] = copy
     return there
+
+
+def entered(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``, for use on its current stream.
+
+    What comes from the CPU does not queue behind the accelerator's work. The host waits for it, so the caller may write
+    to ``tensor`` again at once, in pinned memory too.
+    """
+    stream = (
+        _entrance(device) if tensor.device.type == "cpu" and is_plain(tensor) and not tensor.requires_grad else None
+    )
+    if stream is None:
+        return tensor.to(device)
+    with stream:
+        there = tensor.to(device, non_blocking=tensor.is_pinned())
+        arrived = stream.record_event()
+    if not arrived.query():
+        arrived.synchronize()
+    current = torch.accelerator.current_stream(device)
+    current.wait_event(arrived)
+    there.record_stream(current)
+    return there
+
+
+@cache
+def _entrance(device: torch.device) -> torch.Stream | None:
+    """The stream of all copies from the CPU to an accelerator; None for other devices, and where it has none (MPS)."""
+    if device.type in ("cpu", "meta"):
+        return None
+    try:
+        return torch.Stream(device)
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 def brought(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:

@@ -17,6 +17,8 @@ from torch.utils._pytree import (
     tree_unflatten,
 )
 
+from gpipe import lanes
+
 
 def row_count(tree: Any) -> int:
     """The number of rows (size of dimension 0) that all tensors of ``tree`` share.
@@ -63,15 +65,10 @@ def has_rows(tree: Any) -> bool:
 
 
 def moved(tree: Any, device: torch.device) -> Any:
-    """``tree`` with its tensors on ``device``; the host does not wait for those in pinned memory to arrive."""
+    """``tree`` with its tensors on ``device``; the host waits until they are there, for nothing else."""
     if type(tree) is Tensor:
-        return _moved(tree, device)
-    return tree_map_only(Tensor, partial(_moved, device=device), tree)
-
-
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    ahead = device.type != "cpu" and tensor.device.type == "cpu" and tensor.is_pinned()
-    return tensor.to(device, non_blocking=ahead)
+        return lanes.entered(tree, device)
+    return tree_map_only(Tensor, partial(lanes.entered, device=device), tree)
 
 
 def scatter(tree: Any, chunks: int) -> list[Any]:

@@ -71,13 +71,17 @@ def test_a_micro_batch_whose_loss_is_no_number_leaves_the_weights(tmp_path, monk
     assert all(torch.equal(weight, before[name]) for name, weight in engine.weights().items())
 
 
-def test_inputs_in_pinned_memory_are_not_waited_for():
-    x = torch.randn(6, 4)
+@pytest.mark.parametrize("pinned", [True, False])
+def test_inputs_do_not_queue_behind_the_devices_work(pinned):
+    """On the current stream the host waited for all of the step before."""
     device = torch.device("sim", 1)
+    x = torch.randn(6, 4)
+    given = x.pin_memory() if pinned else x.clone()
+    busy = accelerators.spend(torch.zeros(1, device=device), 0.5)
     accelerators.clear()
-    found = moved({"x": x.pin_memory(), "rows": 6}, device)
-    again = moved(x.pin_memory(), device)
-    assert not accelerators.waits()
-    assert found["x"].device == again.device == device
-    assert torch.equal(found["x"].cpu(), x)
-    assert torch.equal(again.cpu(), x)
+    found = moved({"x": given, "rows": 6}, device)["x"]
+    assert not torch.accelerator.current_stream(device).query()
+    assert accelerators.waits().get("event", 0) == 0
+    given.fill_(-1.0)  # the caller's own again
+    assert found.device == device
+    assert torch.equal((found + busy).cpu(), x)
