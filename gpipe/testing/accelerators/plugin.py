@@ -34,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     """Start them before a conftest.py may start the threads of autograd."""
     _start(early_config.known_args_namespace)
+    _set_plugins_of_processes([])  # those that a worker's tests start are not its workers
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -53,9 +54,15 @@ def _start(options: argparse.Namespace) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes() -> None:
     """Let the workers of pytest-xdist load this plug-in before a conftest.py too: they read ``-p`` after it."""
-    others = os.environ.get("PYTEST_PLUGINS", "")
-    names = [name for name in others.split(",") if name and name != __name__]
-    os.environ["PYTEST_PLUGINS"] = ",".join([*names, __name__])
+    _set_plugins_of_processes([__name__])
+
+
+def _set_plugins_of_processes(own: list[str]) -> None:
+    others = [name for name in os.environ.get("PYTEST_PLUGINS", "").split(",") if name and name != __name__]
+    if others or own:
+        os.environ["PYTEST_PLUGINS"] = ",".join([*others, *own])
+    else:
+        os.environ.pop("PYTEST_PLUGINS", None)
 
 
 def pytest_report_header() -> list[str]:
