@@ -214,7 +214,7 @@ def section(outcome: Outcome) -> list[str]:
     why = f": {outcome.why}" if outcome.why else ""
     lines = ["", f"## {outcome.name}", "", about, "", f"{outcome.status} in {outcome.seconds:.0f} s{why}"]
     reported = [row for row in outcome.rows if not {"cannot_run", "raised"} & row.keys()]
-    for columns, rows in groupby(reported, key=lambda row: tuple(row)):
+    for columns, rows in groupby(reported, key=tuple[str, ...]):
         lines += ["", *table(columns, ([cell(column, row[column]) for column in columns] for row in rows))]
     if outcome.tail:
         lines += ["", "```", *outcome.tail, "```"]

@@ -66,7 +66,7 @@ def piped(setting: Setting, stages: int, schedule: str, checkpoint: str, balance
     """Our pipe, all of its stages on the device; without ``balance`` it divides the model by itself."""
     module, loss = setting.made()
     x, y = setting.batch
-    options = {"devices": [setting.device] * stages, "chunks": setting.chunks, "checkpoint": checkpoint}
+    options: dict[str, Any] = {"devices": [setting.device] * stages, "chunks": setting.chunks, "checkpoint": checkpoint}
     pipe = gpipe.GPipe(module, balance, **options, sample=x if stages > 1 and balance is None else None)
 
     def step() -> None:

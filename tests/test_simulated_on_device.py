@@ -1,6 +1,7 @@
 """The first hour on a machine, on simulated accelerators: parts that fail, hang or get no time; steps as simulated."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -55,6 +56,17 @@ def test_parts_run_on_simulated_devices_and_leave_json_and_tables(tmp_path, caps
         assert "| cap | cannot run |" in summary
     lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert {line["part"] for line in lines} == {"machine", "traps", "cap"}
+
+
+@pytest.mark.parametrize(
+    "name", ["pairs", "speed", "several", "actions", "threads", "bytes_and_seconds", "alignment", "generators"]
+)
+def test_a_part_reports_finite_numbers_and_races_nowhere(bench, tmp_path, name):
+    PARTS[name].run(bench)
+    found = rows(tmp_path)
+    assert found
+    assert all(row.get("right", True) and "races" not in row and "cannot" not in row for row in found)
+    assert all(math.isfinite(value) for row in found for value in row.values() if isinstance(value, float))
 
 
 def test_every_part_is_in_the_order_and_in_the_help(capsys):

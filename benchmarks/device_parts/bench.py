@@ -147,9 +147,10 @@ def in_turns(
     bench: Bench, steps: Mapping[str, Callable[[], object]], rounds: int = 5, warm: int = 2
 ) -> dict[str, Times]:
     """Time each of ``steps`` once a round, in turns, the device idle before; the first ``warm`` rounds do not count."""
-    found: dict[str, tuple[list[float], list[float], list[int]]] = {name: ([], [], []) for name in steps}
+    found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in steps}
+    names = list(steps)
     for r in range(warm + rounds):
-        for name in steps if r % 2 else reversed(steps):
+        for name in names if r % 2 else reversed(names):
             bench.synchronize()
             torch.accelerator.reset_peak_memory_stats(bench.device)
             before = torch.accelerator.memory_allocated(bench.device)
@@ -160,6 +161,6 @@ def in_turns(
             done = time.perf_counter() - start
             if r >= warm:
                 taken = torch.accelerator.max_memory_allocated(bench.device) - before
-                for column, value in zip(found[name], (1e3 * done, 1e3 * launched, taken), strict=True):
-                    column.append(value)
-    return {name: Times(done, launched, max(taken)) for name, (done, launched, taken) in found.items()}
+                found[name].append((1e3 * done, 1e3 * launched, taken))
+    columns = {name: tuple(zip(*of, strict=True)) for name, of in found.items()}
+    return {name: Times(list(done), list(launched), max(taken)) for name, (done, launched, taken) in columns.items()}

@@ -36,7 +36,7 @@ def machine(bench: Bench) -> None:
 BALANCES = {1: [4], 2: [2, 2], 3: [1, 1, 2], 4: [1, 1, 1, 1]}
 
 
-def trained(bench: Bench, stages: int, checkpoint: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def trained(bench: Bench, stages: int, checkpoint: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     """What three steps of AdamW leave of a net with dropout, all of its stages on one device."""
     width = bench.size(256, 64)
     devices = [bench.device] * stages
@@ -118,9 +118,9 @@ class Outcomes:
 def tested(bench: Bench, *arguments: str) -> None:
     """Run pytest in this process, which has the accelerators already, and report."""
     outcomes = Outcomes(bench)
-    plugins, count = ([plugin], ["--accelerators", str(bench.simulated)]) if bench.simulated else ([], [])
+    plugins, devices = ([plugin], ["--accelerators", str(bench.simulated)]) if bench.simulated else ([], [])
     options = ["-v", "--tb=short", "-p", "no:cacheprovider", f"--rootdir={TESTS.parent}"]
-    code = pytest.main([*count, *options, *arguments], plugins=[outcomes, *plugins])
+    code = pytest.main([*devices, *options, *arguments], plugins=[outcomes, *plugins])
     for why, count in outcomes.skipped.items():
         bench.say(what="skipped", count=count, why=why.removeprefix("Skipped: "))
     right = code == pytest.ExitCode.OK and outcomes.counts["passed"] > 0

@@ -69,7 +69,7 @@ def bytes_and_seconds(bench: Bench) -> None:
 def warm_libraries(bench: Bench) -> None:
     """Let the libraries take their workspaces, in this thread and in autograd's: they are nobody's."""
     a = torch.randn(64, 64, device=bench.device, requires_grad=True)
-    (a @ a).sum().backward()
+    (a @ a).sum().backward()  # type: ignore[no-untyped-call]
     bench.synchronize()
 
 

@@ -48,7 +48,8 @@ class Case:
     def costs(self) -> list[StageCost]:
         """Of every stage: as much for the input's gradient and for the weight's as for forward."""
         shares = [1.0] * self.stages if self.even else [UNEVEN[k % len(UNEVEN)] for k in range(self.stages)]
-        return [StageCost(*[share * self.forward] * 3, boundary_bytes=4 * WIDTH) for share in shares]
+        each = [share * self.forward for share in shares]
+        return [StageCost(seconds, seconds, seconds, boundary_bytes=4 * WIDTH) for seconds in each]
 
     def simulated(self) -> float:
         """Seconds of the step, as ``gpipe.simulate`` has it."""
@@ -95,11 +96,9 @@ class Busy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The product."""
-        weight = Taking.apply(self.weight, 0.0, self._cost.weight_gradient_seconds)  # type: ignore[no-untyped-call]
+        weight = Taking.apply(self.weight, 0.0, self._cost.weight_gradient_seconds)
         y = nn.functional.linear(x, weight, self.bias)
-        taken: Tensor = Taking.apply(  # type: ignore[no-untyped-call]
-            y, self._cost.forward_seconds, self._cost.input_gradient_seconds
-        )
+        taken: Tensor = Taking.apply(y, self._cost.forward_seconds, self._cost.input_gradient_seconds)
         return taken
 
 

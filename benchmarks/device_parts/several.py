@@ -76,7 +76,7 @@ def alone(bench: Bench, stage: nn.Module, x: Tensor, stream: torch.Stream, dtype
     def both() -> None:
         y = forward()
         with stream:
-            y.backward(gradient)
+            y.backward(gradient)  # type: ignore[no-untyped-call]
         here.wait_stream(stream)
 
     bench.synchronize()
@@ -141,11 +141,11 @@ def on_streams(streams: Sequence[torch.Stream]) -> Iterator[None]:
 
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
-            self._sent: dict[tuple[int, int, Direction, int], torch.Event] = {}
+            self._events: dict[tuple[int, int, Direction, int], torch.Event] = {}
 
         def send(self, source: int, target: int, direction: Direction, micro_batch: int, message: Any) -> None:
             stream = torch.accelerator.current_stream(streams[0].device)
-            self._sent[source, target, direction, micro_batch] = stream.record_event()
+            self._events[source, target, direction, micro_batch] = stream.record_event()
             super().send(source, target, direction, micro_batch, message)
 
         def receive(self, source: int, target: int, direction: Direction, micro_batch: int) -> Any:
@@ -153,7 +153,7 @@ def on_streams(streams: Sequence[torch.Stream]) -> Iterator[None]:
             if target != CALLER:
                 torch.accelerator.set_stream(streams[target])  # of the worker's thread, until its actions are done
             stream = torch.accelerator.current_stream(streams[0].device)
-            stream.wait_event(self._sent.pop((source, target, direction, micro_batch)))
+            stream.wait_event(self._events.pop((source, target, direction, micro_batch)))
             if target == CALLER:  # parameters' gradients too
                 for other in streams:
                     stream.wait_stream(other)
@@ -165,8 +165,8 @@ def on_streams(streams: Sequence[torch.Stream]) -> Iterator[None]:
 
             return map_message(message, used)
 
-    minibatch.ThreadTransport = OnStreams  # type: ignore[misc]
+    minibatch.ThreadTransport = OnStreams  # type: ignore[attr-defined, assignment]
     try:
         yield
     finally:
-        minibatch.ThreadTransport = ThreadTransport  # type: ignore[misc]
+        minibatch.ThreadTransport = ThreadTransport  # type: ignore[attr-defined]

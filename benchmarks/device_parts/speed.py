@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +93,11 @@ def actions(bench: Bench) -> None:
         steps: dict[str, Callable[[], object]] = {PLAIN: accumulate(model, x, y, micro_batches, loss)}
         counts = {}
         for stages in (1, 2, 4):
-            options = {"devices": [bench.device] * stages, "chunks": micro_batches, "checkpoint": "never"}
+            options: dict[str, Any] = {
+                "devices": [bench.device] * stages,
+                "chunks": micro_batches,
+                "checkpoint": "never",
+            }
             pipe = gpipe.GPipe(model, [cells // stages] * stages, **options)
             for schedule in ("gpipe", "one_f_one_b"):
                 way = f"K={stages} {schedule}"
@@ -192,7 +197,7 @@ def alignment(bench: Bench) -> None:
 def shifted_differs(bench: Bench, dtype: torch.dtype, shift: int, rows: int, width: int, outputs: int) -> bool:
     """Whether the same product has other bits where its input starts ``shift`` bytes after the allocator's start."""
     torch.manual_seed(0)
-    options = {"device": bench.device, "dtype": dtype}
+    options: dict[str, Any] = {"device": bench.device, "dtype": dtype}
     weight, bias = torch.randn(outputs, width, **options), torch.randn(outputs, **options)
     values, memory = torch.randn(rows, width, **options), torch.empty(rows * width + 512, **options)
     found = []
