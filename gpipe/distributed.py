@@ -45,7 +45,9 @@ class DistributedGPipe(SliceModule):
     are those of its slice, under the wrapped module's own names. With the same seed and the same number of intra-op
     threads the weights after n steps equal those of ``GPipe`` to the last bit.
 
-    ``torch.distributed.init_process_group()`` comes first; messages go over gloo.
+    ``torch.distributed.init_process_group()`` comes first. Messages go over gloo; where each rank has an accelerator of
+    its own and the world a backend for it (``"cpu:gloo,cuda:nccl"``), tensors go straight from one to the other. All
+    that is issued there comes from the thread that calls the pipe.
 
     Args:
         module: As for ``GPipe``: it is taken over, and other ranks' parameters are removed from it. Or a callable

@@ -113,6 +113,22 @@ def test_uneven_parts_are_weighted_by_rows_and_steps_accumulate(four):
     assert_same(found[2][1] | found[3][1], found[0][1] | found[1][1])
 
 
+def hold_constant(rank):
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module[0].register_buffer("constant", torch.ones(3))
+    module[0].register_buffer("own", torch.tensor(float(rank)))
+    pipe = wrapped(module, [2], loss_fn=F.mse_loss, replicas=4)
+    before = module[0].constant._version
+    module[0].own.fill_(rank)
+    pipe.train_step(torch.ones(4, 2), torch.ones(4, 2))
+    return module[0].constant._version - before, module[0].own
+
+
+def test_buffers_that_are_equal_are_not_written_to(four):
+    """Whoever has used one knows it by its version."""
+    assert all(written == 0 and own == 0.0 for written, own in four.values(hold_constant))
+
+
 class Sometimes(nn.Module):
     """One weight that only inputs above zero use, and one that nobody does."""
 

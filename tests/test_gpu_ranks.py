@@ -337,6 +337,26 @@ def test_a_host_waits_for_its_device_where_the_loss_is_read_alone(two, schedule)
     assert sum(clip.values()) == sum(last_clip.values()) == 1
 
 
+def waits_of_a_replica(rank):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.BatchNorm1d(8))
+    pipe = gpipe.DistributedGPipe(
+        module, [4], chunks=2, seed=3, loss_fn=MSE, mesh=mesh_of(2, 1), device=device(rank), **MICRO
+    )
+    x = torch.rand(8, 8, device=device(rank))
+    for _ in range(2):
+        pipe.train_step(x, x)
+    accelerators.clear()
+    pipe.train_step(x, x)
+    return accelerators.waits()
+
+
+@simulated
+def test_hosts_of_replicas_do_not_wait_for_means_and_buffers(two):
+    for waits in two.values(waits_of_a_replica, seconds=60):
+        assert sum(waits.values()) == 1, waits  # for the loss
+
+
 def time_a_step(rank, stages, schedule, chunks, latency):
     pipe = spending(rank, stages, 0.03, chunks, schedule)
     accelerators.set_link(0.0, latency)

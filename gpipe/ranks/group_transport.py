@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from enum import Enum
 from queue import SimpleQueue
@@ -120,11 +120,16 @@ class Wires:
             self._lost(error)
 
 
-def _abort(groups: Iterable[dist.ProcessGroup]) -> None:
+def _abort(groups: Sequence[dist.ProcessGroup]) -> None:
     """End what waits on accelerators for other ranks, on all groups at once: one might wait for another to end."""
     threads = [threading.Thread(target=_abort_one, args=(group,), name="gpipe-abort", daemon=True) for group in groups]
-    for thread in threads:
-        thread.start()
+    try:
+        for thread in threads:
+            thread.start()
+    except RuntimeError:  # the interpreter ends, and has no more threads
+        for group in groups:
+            _abort_one(group)
+        return
     deadline = time.monotonic() + _PATIENCE
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
