@@ -17,7 +17,7 @@ from gpipe.cells import refuse_graphed, refuse_hooks
 from gpipe.choosing import AnySchedule, chosen
 from gpipe.context import autocast_off, refuse_transforms
 from gpipe.gradients import collected, trainable
-from gpipe.loss import LossFunction, MicroBatchLoss, checked_loss
+from gpipe.loss import LossFunction, MicroBatchLoss, check_scaler, checked_loss, first_gradient
 from gpipe.microbatch import has_rows, moved, row_count, scatter, split_sizes
 from gpipe.minibatch import Finished
 from gpipe.ranks import norms
@@ -144,10 +144,12 @@ class DistributedGPipe(SliceModule):
             The loss, without graph and not scaled, on every rank; of replicas the mean over their rows.
 
         Raises:
+            TypeError: ``scaler`` is none; the pipe stays as it was.
             OtherRankFailed: Another rank failed; the message says which, where and why. RankLost: It cannot be reached.
             RuntimeError: The pipe is broken by an earlier failure, or the wrapped module has forward or backward hooks.
             BaseException: What a cell of this rank raised, with a note naming stage, cell, micro-batch and action.
         """
+        check_scaler(scaler)
         with self._calls.running(self.step) as transport:
             if self._averaging is not None:
                 self._averaging.expect()
@@ -155,9 +157,7 @@ class DistributedGPipe(SliceModule):
             rows = self._started(relay, "train_step", inputs)
             relay.will_be_done()
             self._check_step(targets, rows)
-            scale = torch.ones((), device=self.device)
-            if scaler is not None:
-                scale = scaler.scale(scale)
+            scale = first_gradient(scaler, self.device)
             parts = self._parts(inputs)
             own = self._mini_batch_step if self.loss_over == "mini_batch" else self._micro_batch_step
             mine, done, batch = own(transport, parts, targets, rows, scale)
@@ -241,7 +241,7 @@ class DistributedGPipe(SliceModule):
 
     @property
     def timeline(self) -> Timeline:
-        """When this rank did what in the latest mini-batch."""
+        """When this rank did what in the latest mini-batch; waits until an accelerator has done it."""
         return self.recording.timeline()
 
     def _mini_batch_step(

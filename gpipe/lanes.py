@@ -139,14 +139,24 @@ def check(pairs: Iterable[tuple[torch.device, torch.device]]) -> None:
 
 @cache
 def _check(source: torch.device, target: torch.device) -> None:
-    pattern = torch.arange(1 << 14, dtype=torch.int32, device="cpu") ^ 0x5A5A5A5A
-    (there,) = cross([pattern.to(source)], source, target).landed()
-    if not torch.equal(there.cpu(), pattern):
-        raise RuntimeError(
-            f"what {source} sends to {target} does not arrive as it was sent, and nothing would tell in training: "
-            "turn off the IOMMU and ACS of PCI Express on this machine (or NCCL's and torch's peer-to-peer access, "
-            "where the vendor advises that), or do not give both devices to one pipe"
-        )
+    sent = pattern()
+    (there,) = cross([sent.to(source)], source, target).landed()
+    if not torch.equal(there.cpu(), sent):
+        raise RuntimeError(lost(str(source), str(target)))
+
+
+def pattern() -> Tensor:
+    """What is sent to see whether it arrives: 64 KiB, on the CPU."""
+    return torch.arange(1 << 14, dtype=torch.int32, device="cpu") ^ 0x5A5A5A5A
+
+
+def lost(source: str, target: str) -> str:
+    """What is to be said, and done, where a pattern did not arrive."""
+    return (
+        f"what {source} sends to {target} does not arrive as it was sent, and nothing would tell in training: turn off "
+        "the IOMMU and ACS of PCI Express on this machine, or peer-to-peer access where the vendor advises that "
+        "(NCCL_P2P_DISABLE=1 for NCCL), or do not give both devices to one pipe"
+    )
 
 
 @cache

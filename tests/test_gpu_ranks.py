@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from worlds import Raised, World
 
 import gpipe
+from gpipe import lanes
 from gpipe.ranks.direct import Direct
 from gpipe.ranks.error_board import OtherRankFailed
 from gpipe.ranks.group_transport import Wires
@@ -501,3 +502,33 @@ def test_a_rank_whose_device_is_full_fails_itself(two, straight):
     assert full.type == "OutOfMemoryError", full.text
     assert lost.type == "OtherRankFailed", lost.text
     assert "rank 1 failed in step 1 with OutOfMemoryError" in lost.message
+
+
+def joins_over_a_link_that_loses(rank):
+    sent = lanes.pattern
+    if rank == 1:
+        lanes.pattern = lambda: sent() + 1
+    try:
+        gpipe.DistributedGPipe(layers(), [2, 2], chunks=2, loss_fn=MSE, device=device(rank))
+    finally:
+        lanes.pattern = sent
+
+
+def test_ranks_whose_devices_lose_what_they_send_are_refused_on_both(two):
+    results = two.run(joins_over_a_link_that_loses)
+    assert [result.type for result in results] == ["RuntimeError", "RuntimeError"]
+    assert "what the accelerator of rank 0 sends to that of rank 1 does not arrive" in results[1].message
+    assert "what the accelerator of rank 1 sends to that of rank 0 does not arrive" in results[0].message
+
+
+def takes_a_number_for_a_scaler(rank):
+    pipe = gpipe.DistributedGPipe(layers(), [2, 2], chunks=2, loss_fn=MSE, loss_over="micro_batch", device=device(rank))
+    x = torch.randn(4, 3, 16)
+    with pytest.raises(TypeError, match=r"scaler must be a torch\.amp\.GradScaler, or None, got float"):
+        pipe.train_step(x, x, scaler=1024.0)
+    return pipe.train_step(x, x).item()
+
+
+def test_what_is_no_scaler_is_refused_and_the_pipe_goes_on(two):
+    first, second = two.values(takes_a_number_for_a_scaler)
+    assert first == second

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from gpipe import lanes
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Direct:
     group: dist.ProcessGroup
     source: int
     target: int
+    _arrived: list[bool] = field(default_factory=list)
 
     def send(self, tensors: Sequence[Tensor]) -> list[dist.Work]:
         """Begin to send what the current stream computes; the tensors are to be kept until the works are complete."""
@@ -43,12 +46,17 @@ class Direct:
         return _begun([dist.irecv(t, self.source, self.group) for t in tensors])
 
     def greet(self, rank: int, device: torch.device) -> None:
-        """Pass a byte, which makes the communicator: later it would be made beside kernels that wait for others."""
-        byte = [torch.zeros(1, dtype=torch.uint8, device=device)]
-        for work in (self.send if rank == self.source else self.receive)(byte):
+        """Pass a pattern, which makes the communicator: later it would be made beside kernels that wait for others."""
+        sent = lanes.pattern()
+        here = sent.to(device) if rank == self.source else torch.zeros_like(sent, device=device)
+        for work in (self.send if rank == self.source else self.receive)([here]):
             work.wait()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
+        self._arrived.append(torch.equal(here.cpu(), sent))
+
+    def check(self) -> None:
+        """Raise a RuntimeError if, when greeting, something else arrived than was sent."""
+        if not all(self._arrived):
+            raise RuntimeError(lanes.lost(f"the accelerator of rank {self.source}", f"that of rank {self.target}"))
 
 
 def _begun(works: Sequence[dist.Work | None]) -> list[dist.Work]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, cast
@@ -23,8 +23,9 @@ from gpipe.ranks.averaging import equalise
 from gpipe.ranks.deferred import Recorded, recorded
 from gpipe.ranks.direct import accelerator
 from gpipe.ranks.error_board import ErrorBoard
-from gpipe.ranks.group_transport import GroupTransport, Wires
+from gpipe.ranks.group_transport import GroupTransport, Key, Wires
 from gpipe.ranks.mesh import position, with_own_group
+from gpipe.ranks.routes import Route
 from gpipe.ranks.routing import Plan, connected
 from gpipe.ranks.share import Share
 from gpipe.ranks.slicing import Factory, keep_slice, materialise
@@ -106,6 +107,14 @@ def join(module: nn.Module | Factory, settings: Settings, number: int) -> Joined
     slices = dist.PrefixStore("slice", store)  # type: ignore[attr-defined]
     agree(slices, rank, ranks, lambda: joining.take(seed), "failed to take its stages")
     return joining.join(seed, store)
+
+
+def _checked(routes: Mapping[Key, Route]) -> Facts:
+    """Raise a RuntimeError for a route between accelerators on which something was lost."""
+    for route in routes.values():
+        if route.direct is not None:
+            route.direct.check()
+    return {}
 
 
 class _Joining:
@@ -190,7 +199,12 @@ class _Joining:
         kept = set(self._module.parameters())
         plan = Plan(self._position, self._hosts, self._ways, ways(self._shared), self._device)
         ranks = dist.get_world_size()
-        accelerators = told(store, self._position.rank, ranks, "accelerator", accelerator(self._device))
+        rank = self._position.rank
+        accelerators = told(store, rank, ranks, "accelerator", accelerator(self._device))
+        routes = connected(plan, accelerators)
+        if any(accelerators):
+            greeted = dist.PrefixStore("greeted", store)  # type: ignore[attr-defined]
+            agree(greeted, rank, ranks, lambda: _checked(routes), "was not greeted as was sent")
         joined = Joined(
             module=self._module,
             cells=[self._cells[i] for i in self._own],
@@ -201,7 +215,7 @@ class _Joining:
             checkpoint=self._checkpoint,
             seed=seed,
             share=replace(self._share, position=self._position),
-            wires=Wires(self._position.rank, connected(plan, accelerators)),
+            wires=Wires(rank, routes),
             board=ErrorBoard(store, ranks),
         )
         self._equalise(joined)
