@@ -66,7 +66,7 @@ class CallerContext:
 
     def on_streams(self, device: torch.device | None = None) -> AbstractContextManager[None]:
         """Make the captured streams current inside, and ``device``, if it is an accelerator."""
-        return _current(self.streams, device) if self.streams else _NOTHING
+        return current(self.streams, device) if self.streams else _NOTHING
 
     def rejoin(self, tensors: Iterable[Tensor | None]) -> None:
         """Let this thread's current streams, if they are others by now, wait for the captured ones.
@@ -95,7 +95,12 @@ class CallerContext:
 
 
 @contextmanager
-def _current(streams: Sequence[torch.Stream], device: torch.device | None) -> Iterator[None]:
+def current(streams: Sequence[torch.Stream], device: torch.device | None = None) -> Iterator[None]:
+    """Make ``streams``, of different devices, current inside, and ``device``, if it is an accelerator.
+
+    A stream entered as a context manager keeps what was current before on itself: threads that share it would get each
+    other's.
+    """
     index = torch.accelerator.current_device_index()
     before = [torch.accelerator.current_stream(stream.device) for stream in streams]
     try:

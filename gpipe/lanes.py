@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gpipe.context import current
 from gpipe.memory import copied, is_plain
 
 
@@ -59,10 +60,10 @@ def cross(values: Sequence[Any], source: torch.device, target: torch.device) -> 
     """
     out, into = _lane(source, target)
     out.wait_event(torch.accelerator.current_stream(source).record_event())
-    with out, into:
+    _record(values, source, out)
+    with current([out, into]):
         there = _replaced(values, source, target, is_plain)
         arrived = into.record_event()
-    _record(values, source, out)
     return Crossing(moved(there, source, target), arrived, target)
 
 
@@ -92,14 +93,14 @@ def entered(tensor: Tensor, device: torch.device) -> Tensor:
     )
     if stream is None:
         return tensor.to(device)
-    with stream:
+    with current([stream]):
         there = tensor.to(device, non_blocking=tensor.is_pinned())
         arrived = stream.record_event()
     if not arrived.query():
         arrived.synchronize()
-    current = torch.accelerator.current_stream(device)
-    current.wait_event(arrived)
-    there.record_stream(current)
+    compute = torch.accelerator.current_stream(device)
+    compute.wait_event(arrived)
+    there.record_stream(compute)
     return there
 
 

@@ -192,7 +192,8 @@ class MiniBatch:
     def _refuse_engine_thread(self) -> None:
         """Raise a RuntimeError in a thread of autograd's, whose device the workers' backward would wait for."""
         threaded = isinstance(self._pipeline.workers, Workers)
-        if not threaded or not isinstance(threading.current_thread(), threading._DummyThread):
+        foreign = isinstance(threading.current_thread(), threading._DummyThread)  # autograd's, or the user's own
+        if not (threaded and foreign and torch._C._current_graph_task_id() != -1):
             return
         if any(flight.stage.device.type != "cpu" for flight in self._flights):
             raise RuntimeError(

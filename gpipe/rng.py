@@ -5,8 +5,8 @@ share one default generator, and sharing it races; there a dispatch mode, which 
 operator a generator of the thread's own. The mode costs microseconds per operator, so a cell runs under it only where
 it may draw: always on the first micro-batch of a mini-batch, later only if it drew then or ever before.
 
-An accelerator that one stage has to itself needs no mode for draws on it: its default generator is seeded, and how far
-that has come tells whether a cell drew.
+An accelerator that one stage has to itself, of all pipes, needs no mode for draws on it: its default generator is
+seeded, and how far that has come tells whether a cell drew.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, partial
 from types import FrameType
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Generator, Tensor
@@ -301,6 +303,21 @@ def _state(generator: Generator) -> bytes:
 
 
 @cache
+def _claim(device: torch.device) -> threading.Lock:
+    """Held while a stage draws from the default generator of an accelerator."""
+    return threading.Lock()
+
+
+@cache
+def _stages_on(device: torch.device) -> WeakSet[Draws]:
+    """Of all pipes of this process."""
+    return WeakSet()
+
+
+_within: ContextVar[bool] = ContextVar("gpipe_within_a_stage", default=False)
+
+
+@cache
 def _offset_tells(device: torch.device) -> bool:
     """Whether draws on a device move their generator's offset; tried, as not all generators have one."""
     generator = Generator(device)
@@ -318,19 +335,21 @@ class Draws:
     Args:
         cells: Number of cells of the stage.
         device: Where it is.
-        alone: Whether no other stage is there. An accelerator's default generator then serves its draws there, and the
-            mode is for draws on other devices only.
+        alone: Whether no other stage of its pipe is there. While no other pipe's is either, an accelerator's default
+            generator serves its draws there, and the mode is for draws on other devices only.
     """
 
     def __init__(self, cells: int, device: torch.device = _CPU, alone: bool = False) -> None:
         self._drawing = [False] * cells  # under the mode
         self._seeding = [False] * cells  # from the default generator of the stage's own accelerator
-        self._watched = dict.fromkeys((_CPU, device))  # where draws that went past the mode would show
+        self._device = device
         self._own: _Own | None = None
         if alone and device.type != "cpu" and (generator := _default_generator(device)) is not None:
             self._own = _Own(generator)
-            del self._watched[device]
-        self._mode = CellGenerators(None if self._own is None else device)
+        self._modes = {own: CellGenerators(device if own else None) for own in (True, False)}
+        self._served = False  # by the default generator
+        if device.type != "cpu":
+            _stages_on(device).add(self)
 
     def may_draw(self, cell: int) -> bool:
         """Whether cell number ``cell``, observed before, needs a scope of its own."""
@@ -342,13 +361,14 @@ class Draws:
 
         ``brought`` and ``again`` are for the generators the cell brings, see ``CellGenerators.running``.
         """
-        own = self._own if observe or self._seeding[cell] else None
+        own = self._own if self._served and (observe or self._seeding[cell]) else None
         if own is not None:
             own.seed(seed)
-        if observe or self._drawing[cell]:
-            with self._mode.running(seed, brought, again):
+        if observe or self._drawing[cell] or (self._seeding[cell] and not self._served):
+            mode = self._modes[self._served]
+            with mode.running(seed, brought, again):
                 yield
-            self._drawing[cell] |= self._mode.drew
+            self._drawing[cell] |= mode.drew
         else:
             yield
         if own is not None:
@@ -357,13 +377,17 @@ class Draws:
     @contextmanager
     def guard(self, stage: str) -> Iterator[None]:
         """Leave the default generators as they were, and notice draws that went past the scopes."""
-        before = self._states()
-        with nullcontext() if self._own is None else self._own.kept():
-            yield
-        past_mode = not all(self._drawing) and not all(map(torch.equal, before, self._states()))
+        token = _within.set(True)
+        try:
+            with self._serving(nested=token.old_value is True):
+                before = self._states()
+                yield
+                past_mode = not all(self._drawing) and not all(map(torch.equal, before, self._states()))
+        finally:
+            _within.reset(token)
         if past_mode:
             self._drawing = [True] * len(self._drawing)
-        strayed = self._own is not None and self._own.strayed and not all(self._seeding)
+        strayed = self._served and self._own is not None and self._own.strayed and not all(self._seeding)
         if strayed:
             self._seeding = [True] * len(self._seeding)
         if past_mode or strayed:
@@ -375,6 +399,27 @@ class Draws:
                 stacklevel=2,
             )
 
+    @contextmanager
+    def _serving(self, nested: bool) -> Iterator[None]:
+        """Inside, the device's default generator serves this stage, unless another pipe has a stage there.
+
+        That one may run in another thread. Draws are the same numbers either way. Who was served before is waited for,
+        but not by a pipe that a cell of another one calls (``nested``), which would wait for itself.
+        """
+        self._served = False
+        if self._own is not None and (not nested or self._undisputed()):
+            with _claim(self._device):
+                if self._undisputed():
+                    self._served = True
+                    with self._own.kept():
+                        yield
+                    return
+        yield
+
+    def _undisputed(self) -> bool:
+        return len(_stages_on(self._device)) == 1
+
     def _states(self) -> list[Tensor]:
         with _default_generator_lock:  # no other stage's draws are in them
-            return [_default_of(device).get_state() for device in self._watched]
+            watched = [_CPU] if self._served or self._device == _CPU else [_CPU, self._device]
+            return [_default_of(device).get_state() for device in watched]

@@ -61,7 +61,7 @@ def check_devices(devices: Iterable[Any] | None, stages: int | None) -> list[tor
         devices = [torch.device(kind.type, i) for i in range(torch.accelerator.device_count())]
     if isinstance(devices, str) or not isinstance(devices, Iterable):
         raise TypeError(f"devices must be a list, one device for every stage, got {devices!r}: [{str(devices)!r}]?")
-    found = [_indexed(torch.device(d)) for d in devices]
+    found = [_there(torch.device(d)) for d in devices]
     if stages is not None and len(found) < stages:
         raise IndexError(
             f"too few devices to hold the stages: {stages} stages, {len(found)} devices "
@@ -70,28 +70,27 @@ def check_devices(devices: Iterable[Any] | None, stages: int | None) -> list[tor
         )
     if not found:
         raise IndexError("devices is empty: name one device per stage, or leave devices out")
-    _check_there(found[:stages])
     return found[:stages]
 
 
-def _check_there(devices: Sequence[torch.device]) -> None:
-    """Raise an IndexError for an accelerator with a number that this machine does not have."""
-    kind = torch.accelerator.current_accelerator()
-    count = torch.accelerator.device_count()
-    for device in devices:
-        if kind is not None and device.type == kind.type and device.index >= count:
-            raise IndexError(
-                f"devices names {device}, but there are {count} of them: name {kind.type}:0"
-                + (f" to {kind.type}:{count - 1}" if count > 1 else "")
-                + ", one device for every stage; a device may have several stages"
-            )
+def _there(device: torch.device) -> torch.device:
+    """The device with its number, so that equal devices compare equal.
 
-
-def _indexed(device: torch.device) -> torch.device:
-    """The device with its number, so that equal devices compare equal."""
-    if device.type == "cpu" or device.index is not None:
-        return torch.device("cpu") if device.type == "cpu" else device
-    return torch.device(device.type, torch.accelerator.current_device_index())
+    Raises:
+        IndexError: This process has none such.
+    """
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type == "meta":
+        return device
+    kind, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
+    if kind is None or count == 0:
+        raise IndexError(f"devices names {device}, and there is no accelerator: name cpu, once for every stage")
+    last = torch.device(kind.type, count - 1)
+    if device.type != kind.type or (device.index or 0) >= count:
+        known = str(last) if count == 1 else f"{kind.type}:0 to {last}"
+        raise IndexError(f"devices names {device}, and there is {known}: name these, or cpu, one for every stage")
+    return device if device.index is not None else torch.device(kind.type, torch.accelerator.current_device_index())
 
 
 def check_passes(two_pass: Any, loss_over: str) -> None:

@@ -170,10 +170,13 @@ def test_a_cell_that_makes_a_tensor_on_another_device_is_named():
     assert "cell 1 (MakesItsOwn), micro-batch 0, action 1F0" in raised.value.__notes__[0]
 
 
-def test_a_device_that_is_not_there_is_named_with_those_that_are():
+@pytest.mark.parametrize("name", ["too high", "mtia", "mps"])
+def test_a_device_that_is_not_there_is_named_with_those_that_are(name):
     count = torch.accelerator.device_count()
-    with pytest.raises(IndexError, match=f"devices names {accelerator(count)}, but there are {count} of them"):
-        gpipe.GPipe(mlp(2), [1, 1], devices=[accelerator(0), accelerator(count)])
+    wrong = f"{accelerator().type}:{count}" if name == "too high" else name
+    known = accelerator() if count == 1 else f"{accelerator(0)} to {accelerator(count - 1)}"
+    with pytest.raises(IndexError, match=f"devices names {wrong}, and there is {known}: name these, or cpu"):
+        gpipe.GPipe(mlp(2), [1, 1], devices=[accelerator(0), wrong])
 
 
 def streams(count):

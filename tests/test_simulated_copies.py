@@ -109,3 +109,17 @@ def test_out_of_memory_on_the_receiving_device_names_it():
         accelerators.set_capacity(1, 1 << 60)
     assert "it is sim:1, of stage 1, that has no room for what stage 0 sends it" in "".join(raised.value.__notes__)
     assert pipe(torch.randn(2, 8)).shape == (2, 1)  # and the next step finds everything freed
+
+
+def test_a_message_of_which_a_part_finds_no_room_lets_go_of_the_other_in_order():
+    first, second = torch.ones(1 << 8, device="sim:0"), torch.ones(1 << 16, device="sim:0")
+    accelerators.set_link(0.0, 0.05)
+    accelerators.set_capacity(1, torch.accelerator.memory_allocated("sim:1") + (1 << 12))
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            lanes.cross([first, second], first.device, torch.device("sim:1"))
+        del first, second
+    finally:
+        accelerators.set_link(0.0, 0.0)
+        accelerators.set_capacity(1, 1 << 60)
+    assert not accelerators.reports()

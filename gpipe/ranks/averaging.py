@@ -7,8 +7,7 @@ rank has done its own backwards, while others still work.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,8 +16,9 @@ from torch import Tensor
 from gpipe.memory import window
 from gpipe.ranks.direct import UnderWay, backend
 from gpipe.ranks.mesh import Position
-from gpipe.ranks.routes import ConnectionLost
+from gpipe.ranks.routes import reaching
 
+_REPLICA = "a replica of this rank's stages"
 _BUCKET = 25 * 2**20  # bytes of gradients that are summed at a time
 _PAUSE = 1e-4  # seconds between two looks whether a sum is there
 
@@ -86,7 +86,7 @@ class Averaging:
             dtype = torch.promote_types(self._parameters[bucket[0]].dtype, torch.float32)
             flat = [_or_zeros(gradients[i], self._parameters[i]).reshape(-1).to(dtype) for i in bucket]
             self._sums.append(torch.cat(flat).mul_(rows))
-        with _connected():
+        with reaching(_REPLICA):
             self._works = [dist.all_reduce(t, group=self.group, async_op=True) for t in self._sums]
         if self.accelerated:
             self._under_way.keep(self._works, self._sums)
@@ -102,7 +102,7 @@ class Averaging:
         Returns:
             For every parameter the mean over all rows; None where no replica had a gradient.
         """
-        with _connected():
+        with reaching(_REPLICA):
             for work in self._works:
                 work.wait()
         used = self._used(check)
@@ -148,7 +148,7 @@ def equalise(tensors: Sequence[Tensor], position: Position) -> None:
         dense = [p.resolve_conj().resolve_neg().contiguous() for p in places]  # gloo takes any for plain, dense memory
         own = torch.cat([d.reshape(-1).view(torch.uint8) for d in dense])
         received = own.clone()
-        with _connected():
+        with reaching(_REPLICA):
             dist.broadcast(received, src=first, group=position.group)
         if position.rank == first:
             continue
@@ -171,15 +171,6 @@ def _without_overlap(tensor: Tensor) -> Tensor:
         return tensor
     _, size = window([tensor])
     return tensor.as_strided((size,), (1,), tensor.storage_offset())
-
-
-@contextmanager
-def _connected() -> Iterator[None]:
-    """Talk to the other replicas inside; what torch raises of a lost one becomes a ``ConnectionLost``."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise ConnectionLost(f"a replica of this rank's stages cannot be reached: {error}") from error
 
 
 def _flags(values: Sequence[bool], device: torch.device) -> Tensor:

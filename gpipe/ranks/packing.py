@@ -123,7 +123,7 @@ def _pickled(header: _Header) -> bytes:
 
 @dataclass
 class Arrival:
-    """A message on its way in.
+    """A message on its way in. Pieces that come directly, and others, may be filled by a thread each.
 
     Args:
         header: As packed.
@@ -139,9 +139,7 @@ class Arrival:
         self._header: _Header = pickle.loads(self.header)
         self._memory: dict[int, Tensor] = {}
         self._parts: dict[int, dict[_Placed, Tensor]] = {}  # of a dense piece
-        self.buffers = [
-            b for n in range(len(self._header.pieces)) if not self._comes_directly(n) for b in self._room(n)
-        ]
+        self.buffers = [b for n in self._pieces(directly=False) for b in self._room(n)]
         """Tensors of bytes on the CPU, to be filled with what was packed, in order."""
 
     @property
@@ -152,7 +150,7 @@ class Arrival:
     @property
     def has_direct(self) -> bool:
         """Whether there are tensors that come to the device."""
-        return any(map(self._comes_directly, range(len(self._header.pieces))))
+        return bool(self._pieces(directly=True))
 
     def direct_buffers(self) -> list[Tensor]:
         """Memory on the device, of its current stream, for the tensors that come there; to be called once.
@@ -160,18 +158,18 @@ class Arrival:
         Raises:
             torch.OutOfMemoryError: It has no room.
         """
-        return [b for n in range(len(self._header.pieces)) if self._comes_directly(n) for b in self._room(n)]
+        return [b for n in self._pieces(directly=True) for b in self._room(n)]
 
     def move(self) -> None:
         """Begin to move what has come to the CPU to where it is to live, in order with the device's current stream."""
-        for number in [n for n in self._memory if not self._comes_directly(n)]:
+        for number in self._pieces(directly=False):
             self._spread(number)
             if self._header.pieces[number].moves and self.device.type != "cpu":
                 self._memory[number] = self._memory[number].to(self.device, non_blocking=True)
 
     def message(self) -> Message:
         """What was packed, once all buffers are filled and moved; on an accelerator for its current stream."""
-        for number in [n for n in self._memory if self._comes_directly(n)]:
+        for number in self._pieces(directly=True):
             self._spread(number)
         leaves = [self._leaf(leaf) for leaf in self._header.leaves]
         return leaves if self._header.frame is None else Boundary(tuple(leaves), *self._header.frame)
@@ -181,6 +179,10 @@ class Arrival:
         for tensor in (*self._memory.values(), *(part for parts in self._parts.values() for part in parts.values())):
             if tensor.device.type != "cpu":
                 tensor.record_stream(stream)
+
+    def _pieces(self, directly: bool) -> list[int]:
+        """Numbers of the pieces: those that come to the device, or the others."""
+        return [n for n in range(len(self._header.pieces)) if self._comes_directly(n) is directly]
 
     def _comes_directly(self, number: int) -> bool:
         return self.direct and self._header.pieces[number].moves

@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gpipe.context import current
 from gpipe.ranks.direct import UnderWay
 from gpipe.ranks.packing import Arrival, Message
-from gpipe.ranks.routes import OWN_ERRORS, ConnectionLost, Jobs, Route, jobs_thread
+from gpipe.ranks.routes import Jobs, Route, jobs_thread, reaching
 from gpipe.ranks.slot import ROOM, STOP, Place, Slot, room
 from gpipe.transport import Aborted, Channel
 
@@ -28,18 +29,27 @@ class _Awaited:
 
     Attributes:
         arrival: The message.
+        source: The rank that sends it.
         works: Over gloo.
         straight: To the device, once that was issued.
     """
 
     arrival: Arrival | None
+    source: int
     works: Sequence[dist.Work] = ()
     straight: list[dist.Work] = field(default_factory=list)
 
     def wait(self) -> None:
         """Return when all is there that comes over gloo. To be called once: it would wait for another message."""
-        for work in self.works:
-            work.wait()
+        with reaching(f"rank {self.source}"):
+            for work in self.works:
+                work.wait()
+
+    def wait_on_device(self) -> None:
+        """Let the device's current stream wait for what comes straight to the device."""
+        with reaching(f"rank {self.source}"):
+            for work in self.straight:
+                work.wait()
 
 
 @dataclass
@@ -65,8 +75,7 @@ class Landing:
         if stream is not None and self.moved is not None:
             stream.wait_event(self.moved)
         if self.awaited.arrival is self.arrival:
-            for work in self.awaited.straight:
-                work.wait()
+            self.awaited.wait_on_device()
             self.under_way.release(self.awaited.straight)
         message = self.arrival.message()
         if stream is not None:
@@ -119,14 +128,10 @@ class Incoming:
         if awaited.arrival is None or not awaited.arrival.has_direct:
             return
         assert self.route.direct is not None
-        with self._stream or nullcontext():
+        with nullcontext() if self._stream is None else current([self._stream]):
             buffers = awaited.arrival.direct_buffers()
-            try:
+            with reaching(f"rank {self.route.source}"):
                 awaited.straight += self.route.direct.receive(buffers)
-            except OWN_ERRORS:
-                raise
-            except RuntimeError as error:
-                raise self._loss(error) from error
         self._under_way.keep(awaited.straight, buffers)
 
     def busy(self) -> bool:
@@ -149,7 +154,8 @@ class Incoming:
                 if self._stopped:
                     return
                 memory, work, awaited = ahead or self._posted()
-                work.wait()
+                with reaching(f"rank {self.route.source}"):
+                    work.wait()
                 slot, inside = Slot.read(memory)
                 if slot.micro_batch == STOP:
                     self._stopped = True
@@ -160,26 +166,19 @@ class Incoming:
                 arriving.wait()
                 if channel is not None:
                     channel.put(slot.micro_batch, self._opened(arriving, awaited))
-        except OWN_ERRORS as error:
-            error.add_note(f"gpipe: raised where a message of rank {self.route.source} was received")
-            self._fail(error)
-        except RuntimeError as error:
-            self._fail(self._loss(error))
         except Exception as error:
+            error.add_note(f"gpipe: raised where a message of rank {self.route.source} was received")
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
         self._stopped = True
         self._on_loss(error)
 
-    def _loss(self, error: RuntimeError) -> ConnectionLost:
-        return ConnectionLost(f"rank {self.route.source} cannot be reached: {error}")
-
     def _posted(self) -> tuple[Tensor, dist.Work, _Awaited]:
         """Memory for the next slot, what receives it, and what is awaited together with it."""
         memory = room()
         work = self.route.receive(memory)
-        awaited = _Awaited(None)
+        awaited = _Awaited(None, self.route.source)
         if self._alike:
             awaited = self._receiving(Arrival(self._header, self.route.device, self.route.direct is not None))
         if self.route.direct is not None:
@@ -187,7 +186,7 @@ class Incoming:
         return memory, work, awaited
 
     def _receiving(self, arrival: Arrival) -> _Awaited:
-        return _Awaited(arrival, [self.route.receive(buffer) for buffer in arrival.buffers])
+        return _Awaited(arrival, self.route.source, [self.route.receive(buffer) for buffer in arrival.buffers])
 
     def _arriving(self, slot: Slot, inside: Tensor, awaited: _Awaited) -> _Awaited:
         """A message whose slot has come.
@@ -203,7 +202,8 @@ class Incoming:
             text = inside[: slot.size]
             if slot.size > ROOM:
                 text = torch.empty(slot.size, dtype=torch.uint8, device="cpu")
-                self.route.receive(text).wait()
+                with reaching(f"rank {self.route.source}"):
+                    self.route.receive(text).wait()
             self._header = text.numpy().tobytes()
         self._alike = slot.place != Place.SLOT
         arrival = awaited.arrival if slot.place == Place.AWAITED else Arrival(self._header, self.route.device)
@@ -220,7 +220,7 @@ class Incoming:
         for buffer in arrival.buffers:
             buffer.copy_(inside[begin : begin + len(buffer)])
             begin += len(buffer)
-        return _Awaited(arrival)
+        return _Awaited(arrival, self.route.source)
 
     def _opened(self, arriving: _Awaited, awaited: _Awaited) -> Message | Landing:
         """A message of which all has come but what comes straight to the device."""
@@ -229,7 +229,7 @@ class Incoming:
         if self._stream is None and self.route.direct is None:
             arrival.move()
             return arrival.message()
-        with self._stream or nullcontext():
+        with nullcontext() if self._stream is None else current([self._stream]):
             arrival.move()
             moved = None if self._stream is None or not arrival.buffers else self._stream.record_event()
         return Landing(arrival, moved, awaited, self._under_way)

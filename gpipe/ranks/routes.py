@@ -7,7 +7,8 @@ they are laid out as the last message's, straight to the other rank's accelerato
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
 
@@ -22,10 +23,18 @@ class ConnectionLost(RuntimeError):
     """A rank can no longer be reached."""
 
 
-OWN_ERRORS = tuple(
-    kind for name in ("OutOfMemoryError", "AcceleratorError") if (kind := getattr(torch, name, None)) is not None
-)
-"""What torch raises as a RuntimeError, as it does where a rank is lost, of this rank's own device."""
+@contextmanager
+def reaching(whom: str) -> Iterator[None]:
+    """Talk to ``whom`` inside; what torch raises of a lost one becomes a ``ConnectionLost``.
+
+    Torch raises a RuntimeError then, as it also does, in kinds of their own, of this rank's device: those stay.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError, ConnectionLost):
+        raise
+    except RuntimeError as error:
+        raise ConnectionLost(f"{whom} cannot be reached: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -53,13 +62,15 @@ class Route:
 
     def send(self, tensor: Tensor) -> dist.Work:
         """Begin to send."""
-        work = dist.isend(tensor, self.target, self.group, self.tag)
+        with reaching(f"rank {self.target}"):
+            work = dist.isend(tensor, self.target, self.group, self.tag)
         assert work is not None
         return work
 
     def receive(self, tensor: Tensor) -> dist.Work:
         """Begin to receive."""
-        work = dist.irecv(tensor, self.source, self.group, self.tag)
+        with reaching(f"rank {self.source}"):
+            work = dist.irecv(tensor, self.source, self.group, self.tag)
         assert work is not None
         return work
 

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gpipe.context import current
 from gpipe.ranks.direct import UnderWay
 from gpipe.ranks.packing import Message, pack
-from gpipe.ranks.routes import OWN_ERRORS, ConnectionLost, Jobs, Route, jobs_thread
+from gpipe.ranks.routes import ConnectionLost, Jobs, Route, jobs_thread, reaching
 from gpipe.ranks.slot import ROOM, STOP, Place, Slot
 from gpipe.transport import Aborted
 
@@ -139,12 +140,8 @@ class Outgoing:
         if not tensors:
             return
         assert self.route.direct is not None
-        try:
+        with reaching(f"rank {self.route.target}"):
             self._under_way.keep(self.route.direct.send(tensors), tensors)
-        except OWN_ERRORS:
-            raise
-        except RuntimeError as error:
-            raise self._loss(error) from error
 
     def _post(self, tensors: list[Tensor]) -> None:
         """Begin to send what is on the CPU."""
@@ -164,7 +161,7 @@ class Outgoing:
         """Send what is computed, from pinned memory."""
         assert self._stream is not None
         try:
-            with self._stream:
+            with current([self._stream]):
                 self._stream.wait_event(ready)
                 hosts = [t if t.device.type == "cpu" else _pinned(t) for t in tensors]
                 self._stream.synchronize()
@@ -176,21 +173,16 @@ class Outgoing:
             self._wait(works, hosts)
 
     def _begun(self, tensors: Sequence[Tensor]) -> list[dist.Work]:
-        try:
-            return [self.route.send(t) for t in tensors]
-        except RuntimeError as error:
-            raise self._loss(error) from error
+        return [self.route.send(t) for t in tensors]
 
     def _wait(self, works: Sequence[dist.Work], tensors: Sequence[Tensor]) -> None:
         """Hold ``tensors`` until they have gone."""
         try:
-            for work in works:
-                work.wait()
-        except RuntimeError as error:
-            self._on_loss(self._loss(error))
-
-    def _loss(self, error: RuntimeError) -> ConnectionLost:
-        return ConnectionLost(f"rank {self.route.target} cannot be reached: {error}")
+            with reaching(f"rank {self.route.target}"):
+                for work in works:
+                    work.wait()
+        except ConnectionLost as error:
+            self._on_loss(error)
 
 
 def _pinned(tensor: Tensor) -> Tensor:

@@ -235,6 +235,7 @@ REGISTER_PRIVATEUSE1_DISPATCH(_fused_sdp_choice_stub, &sim::attention_kernel)
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  sim::threads_by_number();
   m.def("start", &sim::start);
   m.def("device_count", [] { return sim::runtime().devices; });
   m.def("default_generators", &sim::default_generators);

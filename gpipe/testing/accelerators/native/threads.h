@@ -8,13 +8,22 @@
 
 namespace sim {
 
+// Python's threads by number. Kept, as an import needs the builtins of whatever frame happens to free a tensor.
+inline pybind11::dict& threads_by_number() {
+  static auto* threads = new pybind11::dict(pybind11::module_::import("threading").attr("_active"));
+  return *threads;
+}
+
 // Python's name of the calling thread; else, as for threads of the autograd engine, the operating system's.
 inline std::string found_thread_name() {
   if (Py_IsInitialized()) {
     pybind11::gil_scoped_acquire interpreter;
-    auto threading = pybind11::module_::import("threading");
-    auto thread = threading.attr("_active").attr("get")(threading.attr("get_ident")());  // current_thread() may make one
-    if (!thread.is_none()) return thread.attr("name").cast<std::string>();
+    try {
+      pybind11::int_ number(PyThread_get_thread_ident());
+      auto& threads = threads_by_number();
+      if (threads.contains(number)) return threads[number].attr("name").cast<std::string>();
+    } catch (pybind11::error_already_set&) {  // nothing may come out of where memory is freed
+    }
   }
   char name[64] = "";
   pthread_getname_np(pthread_self(), name, sizeof name);
