@@ -71,6 +71,8 @@ class CallerContext:
     def rejoin(self, tensors: Iterable[Tensor | None]) -> None:
         """Let this thread's current streams, if they are others by now, wait for the captured ones.
 
+        Torch's warning of gradients that reach parameters on another stream is then off for the rest of the process.
+
         Args:
             tensors: What was made on those and will be used on these.
         """

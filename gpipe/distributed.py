@@ -72,6 +72,8 @@ class DistributedGPipe(SliceModule):
         deferred_batch_norm: Update batch-norm running statistics once per mini-batch; as for ``GPipe``.
         seed: Base seed of random draws and of a factory's weights. None takes one from rank 0's default generator.
         device: Where this rank's stages live. None takes the accelerator of this process's ``LOCAL_RANK``, or the CPU.
+            Make it the current one first, as in any program of ranks (``torch.accelerator.set_device_index``): each
+            process opens its current device, and CUDA takes half a GiB for that.
 
     Raises:
         RuntimeError: There is no process group.

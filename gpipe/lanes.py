@@ -98,9 +98,7 @@ def entered(tensor: Tensor, device: torch.device) -> Tensor:
         arrived = stream.record_event()
     if not arrived.query():
         arrived.synchronize()
-    compute = torch.accelerator.current_stream(device)
-    compute.wait_event(arrived)
-    there.record_stream(compute)
+    there.record_stream(torch.accelerator.current_stream(device))
     return there
 
 

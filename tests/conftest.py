@@ -1,10 +1,12 @@
 import gc
+import os
 import time
 
 import pytest
 import torch
 from nets import workers
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its bits with this alone
 torch.set_num_threads(1)  # results depend on the number of intra-op threads
 torch.zeros((), requires_grad=True).backward()  # an engine that starts after a fake tensor does not work in forks
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gpipe import GPipe, cell_seed
+from gpipe import GPipe, cell_seed, is_recomputing
 from gpipe.microbatch import gather, scatter
 from gpipe.partitioning.cells import cells_of
 
@@ -170,3 +170,40 @@ class Shifted(nn.Module):
         shift = Apply(lambda x, part: x + part.shift, nn.Module())
         shift.parts[0].register_buffer("shift", self.shift)
         return [self.linear, shift]
+
+
+def accelerator(index=0):
+    """A device of this machine's accelerators; of the CPU where it has none, for skipped tests."""
+    kind = torch.accelerator.current_accelerator()
+    return torch.device(kind.type, index) if kind else torch.device("cpu")
+
+
+class Bomb(nn.Module):
+    """A cell that raises in one phase, at its n-th call in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.error = None
+        self.phase = "forward"
+        self.calls = 0
+
+    def arm(self, error, phase, calls=1):
+        self.error, self.phase, self.calls = error, phase, calls
+
+    def reached(self, phase):
+        if self.error is not None and phase == self.phase:
+            self.calls -= 1
+            if not self.calls:
+                error, self.error = self.error, None
+                try:
+                    raise error
+                finally:
+                    del error  # its traceback holds this frame
+
+    def forward(self, x):
+        self.reached("recompute" if is_recomputing() else "forward")
+        y = self.linear(x)
+        if y.requires_grad:
+            y.register_hook(lambda g: self.reached("backward"))
+        return y

@@ -13,46 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from nets import Apply, PlainLoop, assert_same, gradients, linears, make_pipe, workers
+from nets import Apply, Bomb, PlainLoop, assert_same, gradients, linears, make_pipe, workers
 from torch import nn
-
-from gpipe import is_recomputing
 
 needs_fork = pytest.mark.skipif(
     not hasattr(os, "fork") or torch.accelerator.is_available(), reason="autograd does not fork here"
 )
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-
-
-class Bomb(nn.Module):
-    """A cell that raises in one phase, at its n-th call in it."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.error = None
-        self.phase = "forward"
-        self.calls = 0
-
-    def arm(self, error, phase, calls=1):
-        self.error, self.phase, self.calls = error, phase, calls
-
-    def reached(self, phase):
-        if self.error is not None and phase == self.phase:
-            self.calls -= 1
-            if not self.calls:
-                error, self.error = self.error, None
-                try:
-                    raise error
-                finally:
-                    del error  # its traceback holds this frame
-
-    def forward(self, x):
-        self.reached("recompute" if is_recomputing() else "forward")
-        y = self.linear(x)
-        if y.requires_grad:
-            y.register_hook(lambda g: self.reached("backward"))
-        return y
 
 
 @pytest.mark.parametrize("phase", ["forward", "recompute", "backward"])

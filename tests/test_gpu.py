@@ -1,21 +1,17 @@
 """The promises on accelerators: several stages on one device, and one stage a device where there are several."""
 
 import copy
-import os
 
 import pytest
 import torch
 import torch.distributed as dist
-from nets import assert_same
+from nets import accelerator, assert_same
 from torch import nn
 from worlds import World
 
 import gpipe
 from gpipe.partitioning.profile import profile
 from gpipe.partitioning.solve import predict
-
-# cuBLAS repeats its bits across streams with this alone; it is read when a process first multiplies on its device.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,11 +25,6 @@ def deterministic():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def accelerator(index=0):
-    kind = torch.accelerator.current_accelerator()
-    return torch.device(kind.type if kind else "cpu", index)
 
 
 def placements():
@@ -217,10 +208,10 @@ def test_two_ranks_share_one_device_through_gloo(sharing, schedule):
 
 
 NCCL = pytest.mark.skipif(
-    not torch.cuda.is_available() or not dist.is_nccl_available(), reason="needs NCCL and a CUDA device"
+    accelerator().type != "cuda" or not dist.is_nccl_available(), reason="needs NCCL and a CUDA device"
 )
 SEVERAL = pytest.mark.skipif(
-    torch.cuda.device_count() < 2 or not dist.is_nccl_available(),
+    accelerator().type != "cuda" or torch.cuda.device_count() < 2 or not dist.is_nccl_available(),
     reason="needs NCCL and two CUDA devices, a rank each",
 )
 

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from nets import PlainLoop, assert_same
+from nets import PlainLoop, accelerator, assert_same
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,10 +29,6 @@ FREE = (
     "t.",
     "expand",
 )  # no kernel
-
-
-def accelerator(index=0):
-    return torch.device(KIND, index)
 
 
 def placements():

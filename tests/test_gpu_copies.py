@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from nets import accelerator
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,10 +20,6 @@ pytestmark = [
 
 TWO = pytest.mark.skipif(torch.accelerator.device_count() < 2, reason="needs two accelerators")
 FOUR_ROWS = 4
-
-
-def accelerator(index=0):
-    return torch.device(torch.accelerator.current_accelerator().type, index)
 
 
 def mlp(cells=4, width=16):

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import Apply, PlainLoop, assert_same
+from nets import Apply, PlainLoop, accelerator, assert_same
 from torch import nn
 
 import gpipe
@@ -17,10 +17,6 @@ pytestmark = [
 ]
 
 KIND = getattr(torch.accelerator.current_accelerator(), "type", "cpu")
-
-
-def accelerator(index=0):
-    return torch.device(KIND, index)
 
 
 def placements():

@@ -9,8 +9,7 @@ from contextlib import suppress
 import pytest
 import torch
 import torch.distributed as dist
-from nets import Apply, assert_same
-from test_failures import Bomb
+from nets import Apply, Bomb, assert_same
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from worlds import Raised, World

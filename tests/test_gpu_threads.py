@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from nets import accelerator
 from torch import nn
 
 import gpipe
@@ -14,10 +15,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator, and this machine has none"),
 ]
-
-
-def accelerator(index=0):
-    return torch.device(torch.accelerator.current_accelerator().type, index)
 
 
 @pytest.fixture

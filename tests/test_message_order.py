@@ -98,3 +98,24 @@ def test_workers_that_wait_for_ever_are_refused():
     first, last = schedule.workers
     with pytest.raises(ValueError, match="wait for each other for ever"):
         message_order([first[1:], last], [0, 1], [Ways(), Ways()])
+
+
+def test_messages_come_in_the_order_in_which_they_would_be_sent():
+    """A rank that posted a receive for a late message first would keep memory for it, and its stream, in vain."""
+    schedule = BUILDERS["one_f_one_b"](3, 3)
+    order = message_order(schedule.workers, [0, 1, 2], [Ways()] * 3)
+    forward, backward = Direction.FORWARD, Direction.BACKWARD
+    assert order == [
+        Passing(0, 1, forward, 0),
+        Passing(0, 1, forward, 1),
+        Passing(1, 2, forward, 0),
+        Passing(0, 1, forward, 2),
+        Passing(1, 2, forward, 1),
+        Passing(2, 1, backward, 0),
+        Passing(1, 0, backward, 0),
+        Passing(2, 1, backward, 1),  # at the same time as the next
+        Passing(1, 2, forward, 2),
+        Passing(1, 0, backward, 1),
+        Passing(2, 1, backward, 2),
+        Passing(1, 0, backward, 2),
+    ]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,12 +30,13 @@ class Direct:
     Attributes:
         group: Its two ranks alone.
         source, target: Ranks of the world.
+        intact: Whether, when they greeted, what arrived here was what was sent.
     """
 
     group: dist.ProcessGroup
     source: int
     target: int
-    _arrived: list[bool] = field(default_factory=list)
+    intact: bool = True
 
     def send(self, tensors: Sequence[Tensor]) -> list[dist.Work]:
         """Begin to send what the current stream computes; the tensors are to be kept until the works are complete."""
@@ -45,17 +46,20 @@ class Direct:
         """Begin to receive, into memory of the current stream; whoever waits for a work has its stream wait."""
         return _begun([dist.irecv(t, self.source, self.group) for t in tensors])
 
-    def greet(self, rank: int, device: torch.device) -> None:
-        """Pass a pattern, which makes the communicator: later it would be made beside kernels that wait for others."""
+    def greet(self, rank: int, device: torch.device) -> bool:
+        """Pass a pattern, which makes the communicator: later it would be made beside kernels that wait for others.
+
+        Gives whether it is here as it was sent.
+        """
         sent = lanes.pattern()
         here = sent.to(device) if rank == self.source else torch.zeros_like(sent, device=device)
         for work in (self.send if rank == self.source else self.receive)([here]):
             work.wait()
-        self._arrived.append(torch.equal(here.cpu(), sent))
+        return torch.equal(here.cpu(), sent)
 
     def check(self) -> None:
-        """Raise a RuntimeError if, when greeting, something else arrived than was sent."""
-        if not all(self._arrived):
+        """Raise a RuntimeError if something else arrived than was sent."""
+        if not self.intact:
             raise RuntimeError(lanes.lost(f"the accelerator of rank {self.source}", f"that of rank {self.target}"))
 
 
@@ -141,5 +145,4 @@ def direct(source: int, target: int, accelerators: Sequence[str], rank: int, dev
         return None
     assert isinstance(group, dist.ProcessGroup)
     carrier = Direct(group, source, target)
-    carrier.greet(rank, device)
-    return carrier
+    return replace(carrier, intact=carrier.greet(rank, device))

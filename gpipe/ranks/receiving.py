@@ -101,7 +101,7 @@ class Incoming:
         self._under_way = UnderWay()
         self._awaited: SimpleQueue[_Awaited | None] = SimpleQueue()  # of every message to come, one ahead
         self._jobs: Jobs = SimpleQueue()
-        self.thread = jobs_thread(self._jobs, f"gpipe-receive-{route.target}-from-{route.source}")
+        self.thread = jobs_thread(self._jobs, f"gpipe-receive-{route.target}-from-{route.source}", route.device)
 
     def expect(self, count: int, channel: Channel) -> None:
         """Receive so many messages, in the background, and put them into ``channel``."""

@@ -78,14 +78,19 @@ class Route:
 Jobs = SimpleQueue[Callable[[], None] | None]
 
 
-def jobs_thread(jobs: Jobs, name: str) -> threading.Thread:
-    """A thread that does one job after the other, until it gets None."""
-    thread = threading.Thread(target=_run_jobs, args=(jobs,), name=name, daemon=True)
+def jobs_thread(jobs: Jobs, name: str, device: torch.device) -> threading.Thread:
+    """A thread that does one job after the other, until it gets None.
+
+    ``device`` is its current one: it would otherwise open the first device too, which takes memory there.
+    """
+    thread = threading.Thread(target=_run_jobs, args=(jobs, device), name=name, daemon=True)
     thread.start()
     return thread
 
 
-def _run_jobs(jobs: Jobs) -> None:
+def _run_jobs(jobs: Jobs, device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device)
     while (job := jobs.get()) is not None:
         job()
         del job

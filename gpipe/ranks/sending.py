@@ -44,7 +44,7 @@ class Outgoing:
         self._lock = threading.Lock()  # one message after the other, and none behind the last
         self._staged = [0, 0]  # messages that the thread was to begin to send, and that it has begun to
         self._jobs: Jobs = SimpleQueue()
-        self.thread = jobs_thread(self._jobs, f"gpipe-send-{route.source}-to-{route.target}")
+        self.thread = jobs_thread(self._jobs, f"gpipe-send-{route.source}-to-{route.target}", route.device)
 
     def send(self, micro_batch: int, message: Message) -> None:
         """Begin to send a message; what it holds is kept until it has gone.

@@ -119,6 +119,8 @@ class RankEngine(Engine):
             seed=configuration.training.seed,
             device=division.devices[world.rank],
         )
+        if self.device.type != "cpu":
+            torch.accelerator.set_device_index(self.device)  # the process opens no other, which would take memory there
         own = division.hosted[world.rank]
         world.stages = own
         super().__init__(configuration, self._pipe, loss, has_first=0 in own, has_last=division.stages - 1 in own)
