@@ -30,7 +30,10 @@ def checked_loss(loss: Any) -> Tensor:
 def check_scaler(scaler: Any) -> None:
     """Raise a TypeError unless ``scaler`` is None or what scales losses."""
     if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
-        raise TypeError(f"scaler must be a torch.amp.GradScaler, or None, got {type(scaler).__name__}: make one for it")
+        raise TypeError(
+            f"scaler must be a torch.amp.GradScaler, or None, got {type(scaler).__name__}: give "
+            "torch.amp.GradScaler(device.type)"
+        )
 
 
 def first_gradient(scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from gpipe.boundary import Boundary
 from gpipe.context import CallerContext, autocast_off
 from gpipe.metering import Meters
 from gpipe.partitioning.clock import Moment, clock
@@ -157,11 +158,33 @@ def _act(work: Work, action: Action, spans: list[Noted]) -> None:
     modes = work.forward_modes if kind in (Kind.FORWARD, Kind.RECOMPUTE) else work.backward_modes
     now = work.clocks[k]
     start = now()
-    with modes.autocasting(), work.counting(k):
-        results = _COMPUTE[kind](work.flights[k], m, messages)
+    try:
+        with modes.autocasting(), work.counting(k):
+            results = _COMPUTE[kind](work.flights[k], m, messages)
+    except RuntimeError as error:
+        _note_other_devices(error, work, k, sources, messages)
+        raise
     spans.append(Noted(work.shown(action), start, now()))
     for (target, direction), result in zip(targets, results or (), strict=True):
         work.transport.send(k, target, direction, m, result)
+
+
+def _note_other_devices(
+    error: RuntimeError, work: Work, stage: int, sources: Sequence[Neighbour], messages: Sequence[Any]
+) -> None:
+    """Name who sent a stage tensors of another device, where it failed for that: its own cells are innocent."""
+    here = work.flights[stage].stage.device
+    for (source, _), message in zip(sources, messages, strict=True):
+        if "same device" not in str(error) or not isinstance(message, Boundary) or source == CALLER:
+            continue
+        elsewhere = {leaf.device for leaf in message.leaves if isinstance(leaf, torch.Tensor)} - {here}
+        if elsewhere:
+            named = f"{work.flights[source].stage}" if source in work.flights else f"stage {source}"
+            error.add_note(
+                f"gpipe: its input has tensors on {', '.join(sorted(map(str, elsewhere)))}, not on {here}: {named} "
+                "returned them on another device than its own, where they stay; let its cells make them with "
+                "device=x.device"
+            )
 
 
 _COMPUTE: dict[Kind, Callable[[Flight, int, Any], Any]] = {

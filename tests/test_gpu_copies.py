@@ -167,6 +167,32 @@ def test_a_cell_that_makes_a_tensor_on_another_device_is_named():
     assert "cell 1 (MakesItsOwn), micro-batch 0, action 1F0" in raised.value.__notes__[0]
 
 
+class Returns(nn.Module):
+    def __init__(self, place):
+        super().__init__()
+        self.place = place
+
+    def forward(self, x):
+        return x.to(self.place)
+
+
+@TWO
+def test_a_stage_that_returns_a_tensor_on_another_device_is_named_not_the_next():
+    first, second = accelerator(0), accelerator(1)
+    pipe = gpipe.GPipe(nn.Sequential(Returns("cpu"), nn.Linear(16, 16)), [1, 1], devices=[first, second])
+    with pytest.raises(RuntimeError, match="same device") as raised:
+        pipe(given())
+    named = f"tensors on cpu, not on {second}: stage 0 (cells 0 to 0, {first}) returned"
+    assert named in raised.value.__notes__[0]
+
+
+@TWO
+def test_a_stage_may_return_a_tensor_where_the_next_one_is():
+    first, second = accelerator(0), accelerator(1)
+    module = nn.Sequential(Returns(second), nn.Linear(16, 16))
+    assert gpipe.GPipe(module, [1, 1], devices=[first, second])(given()).device == second
+
+
 @pytest.mark.parametrize("name", ["too high", "mtia", "mps"])
 def test_a_device_that_is_not_there_is_named_with_those_that_are(name):
     count = torch.accelerator.device_count()
