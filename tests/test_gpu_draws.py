@@ -82,8 +82,8 @@ def late(x):
 @pytest.mark.filterwarnings("always:torch's default generator moved:RuntimeWarning")
 @pytest.mark.parametrize("counts", [True, False], ids=["by the offset", "by the state"])
 def test_a_draw_that_came_late_is_noticed(monkeypatch, counts):
-    if not counts:
-        monkeypatch.setattr(gpipe.rng, "_offset_tells", lambda device: False)
+    monkeypatch.setattr(gpipe.rng, "_offset_tells", lambda device: counts)
+    monkeypatch.setattr(gpipe.rng, "_state" if counts else "_offset", None)  # the other way is not taken
     for devices in placements():
         module = nn.Sequential(nn.Dropout(0.0), Apply(late), nn.Dropout(0.5))
         pipe = make_pipe(module, devices)
