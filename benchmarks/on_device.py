@@ -5,13 +5,15 @@ Run: python -m benchmarks.on_device [--budget 540] [--out DIR] [--parts machine 
 The first hour on a machine: needs torch, torchvision, numpy and pytest alone. What is wrong comes before what is slow,
 every part is a process with a limit, and what a part has found is on the disk as soon as it has: rows.jsonl as they
 come, summary.json and summary.md after every part, log.txt with all that was printed. Ends with 1 where a part that
-looks for errors found one.
+looks for errors found one, else with 2 where one was not run to its end, and with 130 where it was interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
+import math
 import os
 import platform
 import shlex
@@ -22,7 +24,7 @@ import time
 import traceback
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from typing import Any
 import torch
 
 from benchmarks.device_parts import correctness, memory, overlap, several, speed, traps
-from benchmarks.device_parts.bench import PARTS, Bench, CannotRun
+from benchmarks.device_parts.bench import PARTS, Bench, CannotRun, NoAccelerator
 from gpipe.testing import accelerators
 from gpipe.testing.accelerators import build
 
@@ -60,6 +62,16 @@ LEAST = 8.0  # seconds: less is not enough to import torch and begin
 SLOWER = 3.0  # simulated accelerators share the processor, perhaps with other work: so many times the limit
 
 RAN, CANNOT, FAILED, CUT, NO_TIME = "ran", "cannot run", "failed", "cut off", "no time left"
+NO_ACCELERATOR, INTERRUPTED = "no accelerator", "interrupted"
+
+ENDINGS = {"cannot_run": CANNOT, "no_accelerator": NO_ACCELERATOR, "raised": FAILED}
+"""What a part's last row says that it came to, by the row's key."""
+
+LAST = 20
+"""Lines of a part that did not run to its end."""
+
+CRASHES = ("terminate called after", "Fatal Python error")
+"""What C++ or Python prints first in a process that crashes."""
 
 
 @dataclass
@@ -69,13 +81,14 @@ class Outcome:
     Attributes:
         name: Of the part.
         correctness: Whether it looks for errors.
-        status: One of five words.
+        status: One of the words above.
         why: Where it did not run to its end.
         seconds: It took.
         limit: It had.
         squeezed: Whether the budget left it less than a part of its kind has.
         rows: What it reported.
-        tail: The last lines it printed, where it did not run to its end.
+        tail: The last lines it printed, or the first of its crash, where it did not run to its end.
+        named: Whether it was asked for by its name.
     """
 
     name: str
@@ -87,6 +100,12 @@ class Outcome:
     squeezed: bool = False
     rows: list[dict[str, Any]] = field(default_factory=list)
     tail: list[str] = field(default_factory=list)
+    named: bool = False
+
+    @property
+    def checks(self) -> int:
+        """How many things were looked at for whether they are right; a test that passed has no row of its own."""
+        return sum(("right" in row) + row.get("passed", 0) for row in self.rows)
 
     @property
     def wrong(self) -> list[dict[str, Any]]:
@@ -99,6 +118,13 @@ class Outcome:
         hung = self.status == CUT and not self.squeezed
         return self.correctness and bool(self.wrong or self.status == FAILED or hung)
 
+    @property
+    def unchecked(self) -> bool:
+        """Whether it would look for errors and was not run to its end, or there is nothing to look at."""
+        no_time = self.status == NO_TIME or (self.status == CUT and self.squeezed)
+        unable = self.status == INTERRUPTED or (self.status == CANNOT and self.named)
+        return self.status == NO_ACCELERATOR or (self.correctness and (no_time or unable))
+
 
 # --- a part's process -------------------------------------------------------------------------------------------------
 
@@ -106,17 +132,13 @@ class Outcome:
 def perform(name: str, simulated: int, rows: Path) -> int:
     """Run a part in this process; gives its exit code."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product: deterministic ones
-    if simulated:
-        torch.set_num_threads(1)  # bits depend on their number
-        accelerators.start(simulated)
-    kind = torch.accelerator.current_accelerator(check_available=True)
+    faulthandler.enable()
     with rows.open("a", encoding="utf-8") as file:
-        bench = Bench(torch.device(kind.type if kind else "cpu", 0), simulated, file, name)
+        bench = Bench(torch.device("cpu"), simulated, file, name)
         try:
-            if kind is None:
-                raise CannotRun("this machine has no accelerator: --simulated 4 shows that the parts work")
-            torch.zeros((), device=bench.device)  # CUDA has no generators before its first tensor
-            PARTS[name].run(bench)
+            PARTS[name].run(replace(bench, device=first_device(simulated)))
+        except NoAccelerator as reason:
+            bench.say(no_accelerator=str(reason))
         except CannotRun as reason:
             bench.say(cannot_run=str(reason))
         except BaseException as error:
@@ -126,29 +148,70 @@ def perform(name: str, simulated: int, rows: Path) -> int:
     return 0
 
 
+def first_device(simulated: int) -> torch.device:
+    """The first accelerator, ready.
+
+    Raises:
+        NoAccelerator: There is none.
+        RuntimeError: The simulated ones cannot be started.
+    """
+    if simulated:
+        torch.set_num_threads(1)  # bits depend on their number
+        accelerators.start(simulated)
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if kind is None:
+        raise NoAccelerator("this machine has no accelerator: --simulated 4 shows that the parts work")
+    device = torch.device(kind.type, 0)
+    torch.zeros((), device=device)  # CUDA has no generators before its first tensor
+    return device
+
+
 def run_part(name: str, limit: float, simulated: int, out: Path) -> Outcome:
-    """Run a part in a process of its own, which is ended with its children after ``limit`` seconds."""
+    """Run a part in a process of its own, which is ended with its children after ``limit`` seconds, or by Ctrl-C."""
     rows, log = out / "rows.jsonl", out / "log.txt"
     begins = [path.stat().st_size if path.exists() else 0 for path in (rows, log)]
     command = [sys.executable, "-m", "benchmarks.on_device", "--part", name, "--simulated", str(simulated)]
-    start = time.monotonic()
-    code = ended([*command, "--rows", str(rows.resolve())], limit, log)
+    start, code, interrupted = time.monotonic(), None, False
+    try:
+        code = ended([*command, "--rows", str(rows.resolve())], limit, log)
+    except KeyboardInterrupt:
+        interrupted = True
     squeezed = limit < limit_of(name, simulated)
     outcome = Outcome(name, PARTS[name].correctness, RAN, "", time.monotonic() - start, limit, squeezed)
-    outcome.rows = written(rows, begins[0])
-    found = next((row["cannot_run"] for row in outcome.rows if "cannot_run" in row), None)
-    if code is None:
-        outcome.status, outcome.why = CUT, f"at {limit:.0f} s, {'all that was left' if squeezed else 'its limit'}"
-    elif code:
-        raised = next((row["raised"] for row in outcome.rows if "raised" in row), "")
-        outcome.status, outcome.why = FAILED, raised or f"exit code {code}"
-    elif found is not None:
-        outcome.status, outcome.why = CANNOT, found
-    if outcome.status in (CUT, FAILED):
-        with log.open("rb") as printed:
-            printed.seek(begins[1])
-            outcome.tail = printed.read().decode(errors="replace").splitlines()[-20:]
+    found = written(rows, begins[0])
+    outcome.rows = [row for row in found if "doing" not in row]
+    outcome.status, outcome.why = ending(code, found)
+    if interrupted:
+        outcome.status = INTERRUPTED
+    elif outcome.status == CUT:
+        outcome.why = f"at {limit:.0f} s, {'all that was left' if squeezed else 'its limit'}{outcome.why}"
+    if outcome.status in (CUT, FAILED, INTERRUPTED):
+        outcome.tail = last_lines(log, begins[1])
     return outcome
+
+
+def ending(code: int | None, rows: Sequence[dict[str, Any]]) -> tuple[str, str]:
+    """What became of a part, as a word, and why: by its exit code, None where it was ended, and by its rows."""
+    doing = next((row["doing"] for row in reversed(rows) if "doing" in row), None)
+    where = f", in {doing}" if doing else ""
+    said = next(((word, row[key]) for row in rows for key, word in ENDINGS.items() if key in row), None)
+    if code is None:
+        return CUT, where
+    if said:
+        return said[0], said[1] + (where if said[0] == FAILED else "")
+    if code < 0:
+        name = next((s.name for s in signal.Signals if s == -code), f"signal {-code}")
+        return FAILED, f"ended by {name}{where}"
+    return (FAILED, f"exit code {code}{where}") if code else (RAN, "")
+
+
+def last_lines(log: Path, begin: int) -> list[str]:
+    """The last lines from an offset on; where the process crashed, the line before that and what follows it."""
+    with log.open("rb") as printed:
+        printed.seek(begin)
+        lines = printed.read().decode(errors="replace").splitlines()
+    crash = next((k for k, line in enumerate(lines) if any(words in line for words in CRASHES)), None)
+    return lines[-LAST:] if crash is None else lines[max(0, crash - 1) :][:LAST]
 
 
 def ended(command: Sequence[str], limit: float, log: Path) -> int | None:
@@ -213,7 +276,7 @@ def section(outcome: Outcome) -> list[str]:
     about = PARTS[outcome.name].about
     why = f": {outcome.why}" if outcome.why else ""
     lines = ["", f"## {outcome.name}", "", about, "", f"{outcome.status} in {outcome.seconds:.0f} s{why}"]
-    reported = [row for row in outcome.rows if not {"cannot_run", "raised"} & row.keys()]
+    reported = [row for row in outcome.rows if not ENDINGS.keys() & row.keys()]
     for columns, rows in groupby(reported, key=tuple[str, ...]):
         lines += ["", *table(columns, ([cell(column, row[column]) for column in columns] for row in rows))]
     if outcome.tail:
@@ -223,7 +286,8 @@ def section(outcome: Outcome) -> list[str]:
 
 def publish(outcomes: Sequence[Outcome], about: dict[str, Any], out: Path) -> None:
     """Write both summaries anew."""
-    record = {**about, "error": any(o.error for o in outcomes), "parts": [asdict(o) for o in outcomes]}
+    found = {"error": any(o.error for o in outcomes), "unchecked": [o.name for o in outcomes if o.unchecked]}
+    record = {**about, **found, "parts": [asdict(o) for o in outcomes]}
     rows = [[o.name, o.status, o.seconds, verdict(o), o.why] for o in outcomes]
     facts = next((row for o in outcomes if o.name == "machine" for row in o.rows), {})
     devices = about["devices"] + (f": {facts['count']} x {facts['name']}" if "name" in facts else "")
@@ -238,12 +302,46 @@ def publish(outcomes: Sequence[Outcome], about: dict[str, Any], out: Path) -> No
 
 def verdict(outcome: Outcome) -> str:
     """What a part found, in a few words."""
-    checks = sum("right" in row for row in outcome.rows)
     if outcome.wrong:
-        return f"{len(outcome.wrong)} of {checks} WRONG"
+        return f"{len(outcome.wrong)} of {outcome.checks} WRONG"
     if outcome.error:
         return "WRONG: did not end as it must"
-    return f"{checks} right" if checks else ""
+    return f"{outcome.checks} right" if outcome.checks else ""
+
+
+def verdict_of_all(outcomes: Sequence[Outcome], out: Path) -> tuple[int, str]:
+    """The exit code, and the last line that is printed; none where all was looked at and nothing is wrong."""
+    if outcomes and outcomes[-1].status == INTERRUPTED:
+        return 130, f"interrupted in {outcomes[-1].name}: what was found before is in {out}"
+    code = 1 if any(outcome.error for outcome in outcomes) else 0
+    unchecked = [outcome for outcome in outcomes if outcome.unchecked]
+    if not unchecked:
+        return code, ""
+    if unchecked[-1].status == NO_ACCELERATOR:
+        return code or 2, f"nothing was checked: {unchecked[-1].why}"
+    names = ", ".join(f"{outcome.name} ({outcome.status})" for outcome in unchecked)
+    late = any(outcome.status != CANNOT for outcome in unchecked)
+    more = "; give a longer --budget, or name fewer --parts" if late else ""
+    return code or 2, f"not checked to the end: {names}{more}"
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def positive_seconds(text: str) -> float:
+    """A number of seconds that ends."""
+    seconds = float(text)
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, was given {text}")
+    return seconds
+
+
+def device_count(text: str) -> int:
+    """A number of devices, 0 for the real ones."""
+    count = int(text)
+    if count < 0:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, or 0 for real accelerators, was given {text}")
+    return count
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -252,13 +350,20 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in NAMES:
         part = PARTS[name]
         parts.append(f"  {name:18} {part.seconds:4.0f} s  {'errors' if part.correctness else '':6}  {part.about}")
+    limits = sum(part.seconds for name, part in PARTS.items() if name != SIMULATED_ALONE)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.on_device",
         description=QUESTION,
-        epilog="parts, in their order, with their limits:\n" + "\n".join(parts),
+        epilog="parts, in their order, with their limits:\n"
+        + "\n".join(parts)
+        + f"\n\nOn real accelerators the limits are {limits:,.0f} s together, on simulated ones three times as many:"
+        "\nwhere parts need more than the budget, late ones get less than their limit, or no time at all. Ends with 1"
+        "\nwhere an error was found, else with 2 where a part that looks for errors did not run to its end.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--budget", type=float, default=540.0, help="seconds in all; what comes late gets what is left")
+    parser.add_argument(
+        "--budget", type=positive_seconds, default=540.0, help="seconds in all, after a build; default %(default)g"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/on_device"), help="folder of the results; default %(default)s"
     )
@@ -266,7 +371,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--parts", nargs="+", choices=NAMES, metavar="PART", help="these alone; default: all that apply"
     )
     parser.add_argument(
-        "--simulated", type=int, default=0, metavar="N", help="on N simulated accelerators, small sizes"
+        "--simulated", type=device_count, default=0, metavar="N", help="on N simulated accelerators, small sizes"
     )
     parser.add_argument("--part", choices=NAMES, help=argparse.SUPPRESS)  # what a part's process is started with
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
@@ -274,15 +379,28 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the parts; gives 1 where one that looks for errors found one, 0 otherwise."""
+    """Run the parts; gives 1, 2 or 130 as the module says, 0 otherwise."""
     given = arguments(argv)
     if given.part:
         return perform(given.part, given.simulated, given.rows)
     if given.simulated:
-        build.load()  # which may take a minute, and is no part's
+        try:
+            build.load()  # which may take a minute, and is no part's
+        except build.BuildError as error:
+            print(f"nothing was checked: {error}", flush=True)
+            return 2
     given.out.mkdir(parents=True, exist_ok=True)
     for name in ("rows.jsonl", "log.txt", "summary.json", "summary.md"):
         (given.out / name).unlink(missing_ok=True)
+    code, last = verdict_of_all(run_parts(given), given.out)
+    print("\n" + (given.out / "summary.md").read_text(encoding="utf-8").split("\n\n## ")[0].strip())
+    if last:
+        print("\n" + last, flush=True)
+    return code
+
+
+def run_parts(given: argparse.Namespace) -> list[Outcome]:
+    """Run those that apply one after the other, and report each; without an accelerator the first is the last."""
     about = {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "torch": torch.__version__,
@@ -293,19 +411,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     apply = [name for name in NAMES if given.simulated or name != SIMULATED_ALONE]
     for name in sorted(given.parts or apply, key=NAMES.index):
         limit = min(limit_of(name, given.simulated), end - time.monotonic())
-        late = Outcome(name, PARTS[name].correctness, NO_TIME, f"the budget of {given.budget:g} s is spent")
-        outcomes.append(late if limit < LEAST else run_part(name, limit, given.simulated, given.out))
+        if limit < LEAST:
+            outcome = Outcome(name, PARTS[name].correctness, NO_TIME, f"the budget of {given.budget:g} s is spent")
+        else:
+            print(f"\n{name} begins, and has {limit:.0f} s", flush=True)
+            outcome = run_part(name, limit, given.simulated, given.out)
+        outcome.named = bool(given.parts)
+        outcomes.append(outcome)
         publish(outcomes, about, given.out)
-        print("\n".join(section(outcomes[-1])), flush=True)
-    print("\n" + (given.out / "summary.md").read_text(encoding="utf-8").split("\n\n## ")[0].strip())
-    return int(any(outcome.error for outcome in outcomes))
+        print("\n".join(section(outcome)), flush=True)
+        if outcome.status in (INTERRUPTED, NO_ACCELERATOR):
+            break
+    return outcomes
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part's processes are ended too
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
     if "--part" in sys.argv:
+        code = main()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)  # a trap may have left threads that never end
-    sys.exit(code)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part's processes are ended too
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # between two parts
+        sys.exit(130)

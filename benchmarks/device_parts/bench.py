@@ -20,6 +20,10 @@ class CannotRun(Exception):
     """Why a part has nothing to look at here."""
 
 
+class NoAccelerator(CannotRun):
+    """Why no part has."""
+
+
 @dataclass(frozen=True)
 class Bench:
     """What a part is run on, and where its rows go.
@@ -43,6 +47,10 @@ class Bench:
     def check(self, what: str, right: bool, **values: Any) -> None:
         """Report whether something is as it must be."""
         self.say(what=what, right=bool(right), **values)
+
+    def begin(self, what: str | None) -> None:
+        """Say what comes next, which is named where the process ends in it; None: nothing that has a name."""
+        self.say(doing=what)
 
     def size(self, real: Any, simulated: Any) -> Any:
         """What fills a real accelerator, or what a simulated one does in no time."""

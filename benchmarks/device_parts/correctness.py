@@ -92,27 +92,44 @@ class Outcomes:
 
     def __init__(self, bench: Bench) -> None:
         self._bench = bench
-        self.counts: Counter[str] = Counter()
+        self._passed: set[str] = set()
+        self._failed: set[str] = set()
         self.skipped: Counter[str] = Counter()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Of tests: those ``passed`` and ``skipped``, and those ``failed``, which have a row each."""
+        passed, failed = len(self._passed - self._failed), len(self._failed)
+        return {"passed": passed, "failed": failed, "skipped": self.skipped.total()}
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """A test begins."""
+        self._bench.begin(nodeid)
+
+    def pytest_runtest_logfinish(self) -> None:
+        """It is over."""
+        self._bench.begin(None)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """One phase of one test."""
         if report.failed:
             lines = report.longreprtext.strip().splitlines()
             why = next((line[1:].strip() for line in lines if line.startswith("E ")), lines[-1] if lines else "")
-            self._bench.check(report.nodeid, False, when=report.when, why=why[:300])
-            self.counts["failed"] += 1
+            self._fail(report.nodeid, report.when, why[:300])
         elif report.skipped:
-            self.counts["skipped"] += 1
             self.skipped[str(report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr)[:200]] += 1
         elif report.when == "call":
-            self.counts["passed"] += 1
+            self._passed.add(report.nodeid)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """A file that cannot be imported."""
         if report.failed:
-            self._bench.check(report.nodeid, False, when="collection", why=report.longreprtext.strip()[-300:])
-            self.counts["failed"] += 1
+            self._fail(report.nodeid, "collection", report.longreprtext.strip()[-300:])
+
+    def _fail(self, nodeid: str, when: str | None, why: str) -> None:
+        again = nodeid in self._failed  # its fixtures too
+        self._failed.add(nodeid)
+        self._bench.say(what=nodeid, **({} if again else {"right": False}), when=when, why=why)
 
 
 def tested(bench: Bench, *arguments: str) -> None:
@@ -123,8 +140,10 @@ def tested(bench: Bench, *arguments: str) -> None:
     code = pytest.main([*devices, *options, *arguments], plugins=[outcomes, *plugins])
     for why, count in outcomes.skipped.items():
         bench.say(what="skipped", count=count, why=why.removeprefix("Skipped: "))
-    right = code == pytest.ExitCode.OK and outcomes.counts["passed"] > 0
-    bench.check("pytest " + " ".join(map(os.path.basename, arguments)), right, **outcomes.counts, exit_code=int(code))
+    what, counts = "pytest " + " ".join(map(os.path.basename, arguments)), outcomes.counts
+    bench.say(what=what, **counts, exit_code=int(code))  # no check: its tests are
+    if not counts["failed"] and (code != pytest.ExitCode.OK or not counts["passed"]):
+        bench.check("tests are found, and pytest runs to its end", False, exit_code=int(code))
 
 
 @part(170, correctness=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gpipe
-from benchmarks.device_parts.bench import Bench, part
+from benchmarks.device_parts.bench import Bench, CannotRun, part
 
 WIDTH = 64
 
@@ -40,13 +40,19 @@ def traps(bench: Bench) -> None:
         reentrant,  # last: where it hangs, autograd's thread of the device hangs
     ]
     for trap in found:
-        with warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always")
-            there, how = trap(bench)
+        what = (trap.__doc__ or "").rstrip(".")
+        bench.begin(trap.__name__)
+        try:
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                there, how = trap(bench)
+        except CannotRun as reason:
+            bench.say(what=what, not_looked_at=str(reason))
+            continue
         races = bench.races()
         how = how or "; ".join(dict.fromkeys(str(w.message).splitlines()[0][:120] for w in warned))
-        what = (trap.__doc__ or "").rstrip(".")
         bench.check(what, not (there or races), there=there, how=how, **({"races": races[:3]} if races else {}))
+    bench.begin(None)
 
 
 def other_stream(bench: Bench) -> tuple[bool, str]:
@@ -125,10 +131,15 @@ def reentrant(bench: Bench) -> tuple[bool, str]:
     return not done, "".join(done)
 
 
+def needs_graphs(bench: Bench) -> None:
+    """Refuse a device that captures no graphs."""
+    if bench.device.type != "cuda":
+        raise CannotRun("needs CUDA, which captures graphs")
+
+
 def graphed_callables(bench: Bench) -> tuple[bool, str]:
     """Cells of torch.cuda.make_graphed_callables give wrong gradients."""
-    if bench.device.type != "cuda":
-        return False, "no CUDA, no captured graphs"
+    needs_graphs(bench)
     cells, x = linears(2).to(bench.device), torch.randn(8, WIDTH, device=bench.device)
     cells(x).square().mean().backward()
     expected = [p.grad for p in cells.parameters()]
@@ -145,20 +156,19 @@ def graphed_callables(bench: Bench) -> tuple[bool, str]:
 
 def compiled_with_graphs(bench: Bench) -> tuple[bool, str]:
     """Cells of torch.compile(mode="reduce-overhead") give wrong gradients."""
-    if bench.device.type != "cuda":
-        return False, "no CUDA, no captured graphs"
+    needs_graphs(bench)
     cells, x = linears(2).to(bench.device), torch.randn(8, WIDTH, device=bench.device)
     cells(x).square().mean().backward()
     expected = [p.grad for p in cells.parameters()]
     cells.zero_grad()
-    compiled = nn.Sequential(*(torch.compile(cell, mode="reduce-overhead") for cell in cells))
     try:
+        compiled = nn.Sequential(*(torch.compile(cell, mode="reduce-overhead") for cell in cells))
         pipe = gpipe.GPipe(compiled, [1, 1], devices=[bench.device] * 2, chunks=4, checkpoint="never")
         for _ in range(3):
             pipe.zero_grad()
             pipe(x).square().mean().backward()
     except Exception as error:  # before 2.13 an AssertionError of torch's in threads that are not the main one
-        return False, f"{type(error).__name__}: {error}"[:200]
+        return False, f"raises {type(error).__name__}: {error}"[:200]
     return differ(expected, pipe), "runs"
 
 
