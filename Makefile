@@ -19,7 +19,6 @@ OF_RUNTIME = $(filter-out tests/test_gpu% tests/test_simulated_% tests/test_pack
 
 # $(call test_devices,folder of the interpreter): on real accelerators where there are any, on simulated ones elsewhere.
 define test_devices
-	PATH="$(CURDIR)/$(1):$$PATH"; \
 	if $(1)/python $(HAS_ACCELERATOR); then \
 		$(1)/python -m pytest tests/test_gpu*.py && $(1)/python -m pytest $(SIMULATED) tests/test_simulated_*.py; \
 	else \

@@ -3,6 +3,7 @@
 import copy
 import re
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -489,6 +490,42 @@ def test_what_the_host_waits_for_is_counted():
     assert accelerators.waits() == {"item": 1, "aten::nonzero": 1, "aten::index": 1, "device": 1}
 
 
+def test_the_page_lists_all_that_the_host_waits_in():
+    x = torch.ones(4, device="sim:0")
+    mask, repeats = x > 0, torch.ones(4, dtype=torch.int64).to("sim:0")
+    accelerators.clear()
+    x.cpu()
+    x.copy_(torch.zeros(4))
+    x.sum().item()
+    current("sim:0").synchronize()
+    event = torch.Event("sim:0")
+    event.record()
+    event.synchronize()
+    torch.accelerator.synchronize("sim:0")
+    mask.nonzero()
+    x.masked_select(mask)
+    torch.equal(x, x)
+    torch.ops.aten._unique2(x)
+    torch.unique(x, dim=0)
+    torch.unique_consecutive(x)
+    torch.repeat_interleave(repeats)
+    x[mask]
+    page = (Path(__file__).parent.parent / "docs" / "simulated_accelerators.md").read_text()
+    listed = set(re.findall("`([^`]+)`", page.split("The host waits in\n")[1].split("\n\nThey are built")[0]))
+    assert set(accelerators.waits()) <= listed
+    assert {name for name in listed if name.startswith("aten::")} <= set(accelerators.waits())
+    assert len(accelerators.waits()) == 14
+
+
+def test_wrong_settings():
+    with pytest.raises(ValueError, match="expected a capacity of 0 to 9223372036854775807 bytes, was given -1"):
+        accelerators.set_capacity(0, -1)
+    with pytest.raises(ValueError, match="expected a bandwidth and a latency of 0 or more, was given nan and 0"):
+        accelerators.set_link(float("nan"), 0)
+    with pytest.raises(ValueError, match="expected a bandwidth and a latency of 0 or more, was given 1 and inf"):
+        accelerators.set_link(1, float("inf"))
+
+
 # --- memory, devices, random numbers ----------------------------------------------------------------------------------
 
 
@@ -565,7 +602,7 @@ def test_others_cannot_be_started():
     accelerators.start(count, torch.accelerator.get_memory_info(0)[1])
     with pytest.raises(RuntimeError, match=f"this process has {count} simulated accelerators .* asked for {count + 1}"):
         accelerators.start(count + 1)
-    with pytest.raises(ValueError, match="expected one device or more"):
+    with pytest.raises(ValueError, match="expected 1 to 127 devices"):
         accelerators.start(0)
 
 

@@ -17,13 +17,16 @@ They are built on first use, which needs a C++ compiler, ninja and the headers o
 
 from __future__ import annotations
 
+import math
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import backend_registration
 
 from gpipe.testing.accelerators import build, issuing
+from gpipe.testing.accelerators.left_reports import Leaver
 
 pytest_plugins = ("gpipe.testing.accelerators.plugin",)  # pytest is imported by that module alone
 
@@ -33,7 +36,14 @@ COUNT = "GPIPE_SIMULATED_ACCELERATORS"
 MEMORY = "GPIPE_SIMULATED_MEMORY"
 """Environment variable with the bytes of each device, likewise."""
 
+MOST = 127
+"""How many devices there can be: PyTorch counts them in eight bits."""
+
+LARGEST = 2**63 - 1
+"""How many bytes a device can have."""
+
 _started: tuple[int, int] | None = None
+_failure = ""  # why a start failed that cannot be tried again
 
 
 def started() -> bool:
@@ -49,28 +59,56 @@ def start(count: int | None = None, memory: int | None = None) -> None:
         memory: Bytes of each. When not given, what the environment variable ``MEMORY`` says, or 16 GiB.
 
     Raises:
-        ValueError: ``count`` or ``memory`` is not positive.
+        ValueError: ``count`` is not 1 to 127, ``memory`` not positive, or an environment variable has no number.
         BuildError: They cannot be built here; the message says what to install.
         RuntimeError: This process has others, or autograd has run and knows no such devices.
     """
-    count = int(os.environ.get(COUNT, "4")) if count is None else count
-    memory = int(os.environ.get(MEMORY, 16 * 2**30)) if memory is None else memory
-    if count < 1 or memory < 1:
-        raise ValueError(f"expected one device or more with some memory, was given {count} of {memory} bytes")
-    if _started is not None:
-        if _started != (count, memory):
-            raise RuntimeError(
-                f"this process has {_started[0]} simulated accelerators of {_started[1]} bytes, and was asked for "
-                f"{count} of {memory}: start a process of its own for other ones (set_capacity changes memory)"
-            )
-        return
-    _register(count, memory)
+    count = _number(COUNT, 4) if count is None else count
+    memory = _number(MEMORY, 2**34) if memory is None else memory
+    if not (1 <= count <= MOST and 1 <= memory <= LARGEST):
+        raise ValueError(
+            f"expected 1 to {MOST} devices of 1 to {LARGEST} bytes each, was given {count} devices of {memory} bytes"
+        )
+    if _failure:
+        raise RuntimeError(_failure)
+    if _started is None:
+        _register(count, memory)
+    elif _started != (count, memory):
+        raise RuntimeError(
+            f"this process has {_started[0]} simulated accelerators of {_started[1]} bytes, and was asked for "
+            f"{count} of {memory}: start a process of its own for other ones (set_capacity changes memory)"
+        )
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable) or str(default)
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"expected a whole number in the environment variable {variable}, was given {text}") from None
 
 
 def _register(count: int, memory: int) -> None:
-    global _started
+    global _started, _failure
     native = build.load()
-    native.start(count, memory)
+    try:
+        _make(native, count)
+    except RuntimeError as error:  # what was registered stays: there is no second try
+        _failure = str(error)
+        raise
+    _started = count, memory
+    os.environ[COUNT], os.environ[MEMORY] = str(count), str(memory)
+    reset()
+    Leaver(reports)
+    if torch.distributed.is_available():
+        from gpipe.testing.accelerators import collectives
+
+        collectives.register()
+
+
+def _make(native: Any, count: int) -> None:
+    """Make the devices, with all the memory that there can be."""
+    native.start(count, LARGEST)
     from gpipe.testing.accelerators import device_module
 
     device_module.default_generators = tuple(native.default_generators())
@@ -80,18 +118,13 @@ def _register(count: int, memory: int) -> None:
     try:
         for index in range(count):
             torch.autograd.backward(torch.zeros((), device=f"sim:{index}", requires_grad=True))
-    except RuntimeError:
+    except RuntimeError as error:
+        if "device_ready_queues_" not in str(error):  # where autograd's engine keeps what its threads are to do
+            raise
         raise RuntimeError(
             "autograd has run in this process before its simulated accelerators were started, and has no threads for "
             "them: call start() before the first backward (in pytest: -p gpipe.testing.accelerators)"
         ) from None
-    _started = count, memory
-    os.environ[COUNT], os.environ[MEMORY] = str(count), str(memory)
-    clear()
-    if torch.distributed.is_available():
-        from gpipe.testing.accelerators import collectives
-
-        collectives.register()
 
 
 def reports() -> list[str]:
@@ -107,8 +140,9 @@ def clear() -> None:
 
 def reset() -> None:
     """Forget reports and counts, and let links and capacities be as after ``start``."""
-    assert _started is not None
     clear()
+    if _started is None:
+        raise RuntimeError(build.NOT_STARTED)
     set_link(0.0, 0.0)
     for device in range(_started[0]):
         set_capacity(device, _started[1])
@@ -120,7 +154,7 @@ def counts() -> dict[str, int]:
 
 
 def waits() -> dict[str, int]:
-    """What the host waited in since ``clear`` (an operator, a copy, ``stream``, ``event`` or ``device``), how often."""
+    """How often the host waited since ``clear``, by what it waited in: see ``docs/simulated_accelerators.md``."""
     return dict(build.native().waits())
 
 
@@ -135,9 +169,9 @@ def set_link(bandwidth: float, latency: float, source: int | None = None, target
             between ranks take as long too.
 
     Raises:
-        ValueError: A negative number, or no such device.
+        ValueError: No such number, or no such device.
     """
-    if bandwidth < 0 or latency < 0:
+    if not (bandwidth >= 0 and 0 <= latency < math.inf):
         raise ValueError(f"expected a bandwidth and a latency of 0 or more, was given {bandwidth} and {latency}")
     if source is None and target is None:
         issuing.set_link(bandwidth, latency)
@@ -150,9 +184,11 @@ def set_capacity(device: int, size: int) -> None:
     """Say how many bytes a device has; what is allocated stays.
 
     Raises:
-        ValueError: No such device.
+        ValueError: No such device, or fewer than 0 bytes.
     """
     (index,) = _indices(device)
+    if not 0 <= size <= LARGEST:
+        raise ValueError(f"expected a capacity of 0 to {LARGEST} bytes, was given {size}")
     build.native().set_capacity(index, size)
 
 

@@ -7,7 +7,9 @@ import hashlib
 import importlib.util
 import logging
 import os
+import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -24,6 +26,7 @@ BUILD = "GPIPE_SIMULATED_BUILD"
 _NAME = "gpipe_sim"
 _SOURCES = Path(__file__).parent / "native"
 _FLAGS = ["-O1", "-g0", "-DNDEBUG"]  # NDEBUG as torch itself: the layout of its classes depends on it
+NOT_STARTED = "this process has no simulated accelerators: call gpipe.testing.accelerators.start() first"
 _native: Any = None
 
 
@@ -38,7 +41,7 @@ def native() -> Any:
         RuntimeError: It was not loaded.
     """
     if _native is None:
-        raise RuntimeError("this process has no simulated accelerators: call gpipe.testing.accelerators.start() first")
+        raise RuntimeError(NOT_STARTED)
     return _native
 
 
@@ -65,11 +68,12 @@ def _folder() -> Path:
 
 def _loaded(folder: Path) -> Any:
     if not folder.exists():
-        _refuse_what_is_missing()
         try:
-            with _alone(folder):
-                if not folder.exists():
-                    return _build(folder)
+            with _own_programs():
+                _refuse_what_is_missing()
+                with _alone(folder):
+                    if not folder.exists():
+                        return _build(folder)
         except OSError as error:
             message = f"the simulated accelerators cannot be built in {folder.parent} ({error.strerror}): name a folder"
             raise BuildError(f"{message} that can be written in the environment variable {BUILD}") from None
@@ -87,7 +91,7 @@ def _imported(folder: Path) -> Any:
 
 def _refuse_what_is_missing() -> None:
     python = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    compiler = os.environ.get("CXX", "c++")
+    compiler = _program(os.environ.get("CXX", "c++"))
     missing = []
     if shutil.which(compiler) is None:
         missing.append(f"a C++ compiler, {compiler} (install g++)")
@@ -99,6 +103,28 @@ def _refuse_what_is_missing() -> None:
         raise BuildError(
             f"the simulated accelerators are built on first use, and this machine lacks {', '.join(missing)}"
         )
+
+
+def _program(command: str) -> str:
+    """The first word, such as ``ccache`` of ``ccache g++``."""
+    try:
+        return shlex.split(command)[0]
+    except (ValueError, IndexError):
+        return command
+
+
+@contextlib.contextmanager
+def _own_programs() -> Iterator[None]:
+    """The programs of this Python's environment first, as if it were activated: ninja may be there alone."""
+    path = os.environ.get("PATH")
+    os.environ["PATH"] = os.pathsep.join(filter(None, [sysconfig.get_path("scripts"), path]))
+    try:
+        yield
+    finally:
+        if path is None:
+            del os.environ["PATH"]
+        else:
+            os.environ["PATH"] = path
 
 
 @contextlib.contextmanager
@@ -118,7 +144,7 @@ def _build(folder: Path) -> Any:
         built.mkdir()
         try:
             module = _compiled(built)
-        except RuntimeError as error:
+        except (RuntimeError, subprocess.CalledProcessError, OSError) as error:
             log = folder.with_name(folder.name + ".log")
             log.write_text(str(error))
             first = next((line for line in str(error).splitlines() if "error:" in line), str(error).splitlines()[0])
