@@ -326,13 +326,28 @@ def test_a_compiler_that_does_not_run(tmp_path):
     assert "could not be built, all of it in" in refused(CXX=str(compiler), GPIPE_SIMULATED_BUILD=str(tmp_path))
 
 
-def test_a_compiler_of_two_words(tmp_path, monkeypatch):
-    for name in ("ccache", "ninja"):
-        (tmp_path / name).touch(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("CXX", "ccache g++")
-    build._refuse_what_is_missing()
-    monkeypatch.setenv("CXX", "")
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [("said -m64 'two words'", "-m64 two words"), ("ccache said", ""), ("sccache said -m64", "-m64"), ("said", "")],
+)
+def test_a_compiler_of_several_words(tmp_path, monkeypatch, command, arguments):
+    for name in ("said", "ninja"):
+        (tmp_path / name).write_text('#!/bin/sh\necho "$@"')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setenv("CXX", command)
+
+    def compiled(folder):
+        return subprocess.run([os.environ["CXX"], "x.cpp"], check=True, capture_output=True, text=True).stdout
+
+    monkeypatch.setattr(build, "_compiled", compiled)
+    assert build._loaded(tmp_path / "key").strip() == f"{arguments} x.cpp".strip()
+    assert os.environ["CXX"] == command
+
+
+@pytest.mark.parametrize("command", ["", "'c++", "ccache none"])
+def test_a_compiler_that_is_none(monkeypatch, command):
+    monkeypatch.setenv("CXX", command)
     with pytest.raises(build.BuildError, match="lacks a C"):
         build._refuse_what_is_missing()
 

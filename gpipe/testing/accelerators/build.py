@@ -69,7 +69,7 @@ def _folder() -> Path:
 def _loaded(folder: Path) -> Any:
     if not folder.exists():
         try:
-            with _own_programs():
+            with _environment("PATH", _path_of_this_python()):
                 _refuse_what_is_missing()
                 with _alone(folder):
                     if not folder.exists():
@@ -91,7 +91,7 @@ def _imported(folder: Path) -> Any:
 
 def _refuse_what_is_missing() -> None:
     python = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    compiler = _program(os.environ.get("CXX", "c++"))
+    compiler = _words_of_compiler()[0]
     missing = []
     if shutil.which(compiler) is None:
         missing.append(f"a C++ compiler, {compiler} (install g++)")
@@ -105,26 +105,34 @@ def _refuse_what_is_missing() -> None:
         )
 
 
-def _program(command: str) -> str:
-    """The first word, such as ``ccache`` of ``ccache g++``."""
+def _words_of_compiler() -> list[str]:
+    """What to call, such as ``g++ -m64``, without ccache in front: some versions of torch put it there themselves."""
+    command = os.environ.get("CXX", "c++")
     try:
-        return shlex.split(command)[0]
-    except (ValueError, IndexError):
-        return command
+        words = shlex.split(command)
+    except ValueError:  # a quotation that does not end
+        words = []
+    if len(words) > 1 and Path(words[0]).name in ("ccache", "sccache"):
+        words = words[1:]
+    return words or [command]
 
 
 @contextlib.contextmanager
-def _own_programs() -> Iterator[None]:
-    """The programs of this Python's environment first, as if it were activated: ninja may be there alone."""
-    path = os.environ.get("PATH")
-    os.environ["PATH"] = os.pathsep.join(filter(None, [sysconfig.get_path("scripts"), path]))
+def _environment(variable: str, value: str) -> Iterator[None]:
+    before = os.environ.get(variable)
+    os.environ[variable] = value
     try:
         yield
     finally:
-        if path is None:
-            del os.environ["PATH"]
+        if before is None:
+            del os.environ[variable]
         else:
-            os.environ["PATH"] = path
+            os.environ[variable] = before
+
+
+def _path_of_this_python() -> str:
+    """As if its environment were activated: ninja may be there alone."""
+    return os.pathsep.join(filter(None, [sysconfig.get_path("scripts"), os.environ.get("PATH")]))
 
 
 @contextlib.contextmanager
@@ -143,7 +151,8 @@ def _build(folder: Path) -> Any:
         built = Path(scratch, folder.name)
         built.mkdir()
         try:
-            module = _compiled(built)
+            with _environment("CXX", _one_word(_words_of_compiler(), Path(scratch))):
+                module = _compiled(built)
         except (RuntimeError, subprocess.CalledProcessError, OSError) as error:
             log = folder.with_name(folder.name + ".log")
             log.write_text(str(error))
@@ -151,6 +160,16 @@ def _build(folder: Path) -> Any:
             raise BuildError(f"the simulated accelerators could not be built, all of it in {log}: {first}") from None
         built.rename(folder)
     return module
+
+
+def _one_word(compiler: list[str], folder: Path) -> str:
+    """The same as one program: torch takes no more, or takes several words for one, depending on its version."""
+    if len(compiler) == 1:
+        return compiler[0]
+    script = folder / "compiler"
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(compiler)} "$@"\n')
+    script.chmod(0o755)
+    return str(script)
 
 
 def _compiled(folder: Path) -> Any:
