@@ -207,3 +207,19 @@ class Bomb(nn.Module):
         if y.requires_grad:
             y.register_hook(lambda g: self.reached("backward"))
         return y
+
+
+class Sometimes(nn.Module):
+    """A weight that only inputs above zero use, one that nobody does, and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.rare = nn.Parameter(torch.ones(2))
+        self.never = nn.Parameter(torch.ones(2))
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.seen += x.sum()
+        return x * self.weight + (self.rare if x.sum().item() > 0 else 0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from nets import assert_same, gradients, make_pipe
+from nets import Sometimes, assert_same, gradients, make_pipe
 from test_exact import data, net
 from test_tied import language_model, tokens
 from test_tied import loss_fn as of_tokens
@@ -127,22 +127,6 @@ def hold_constant(rank):
 def test_buffers_that_are_equal_are_not_written_to(four):
     """Whoever has used one knows it by its version."""
     assert all(written == 0 and own == 0.0 for written, own in four.values(hold_constant))
-
-
-class Sometimes(nn.Module):
-    """One weight that only inputs above zero use, and one that nobody does."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(2))
-        self.rare = nn.Parameter(torch.ones(2))
-        self.never = nn.Parameter(torch.ones(2))
-        self.register_buffer("seen", torch.zeros(()))
-
-    def forward(self, x):
-        with torch.no_grad():
-            self.seen += x.sum()
-        return x * self.weight + (self.rare if x.sum() > 0 else 0)
 
 
 def seldom(rank):

@@ -9,7 +9,7 @@ from contextlib import suppress
 import pytest
 import torch
 import torch.distributed as dist
-from nets import Apply, Bomb, assert_same
+from nets import Apply, Bomb, Sometimes, assert_same
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from worlds import Raised, World
@@ -225,22 +225,6 @@ def test_the_bits_of_threads_with_ties_and_boundaries_of_many_tensors(two, net):
 
 def mesh_of(replicas, stages):
     return init_device_mesh("cpu", (replicas, stages), mesh_dim_names=("dp", "pp"))
-
-
-class Sometimes(nn.Module):
-    """A weight that only inputs above zero use, one that nobody does, and a buffer."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(2))
-        self.rare = nn.Parameter(torch.ones(2))
-        self.never = nn.Parameter(torch.ones(2))
-        self.register_buffer("seen", torch.zeros(()))
-
-    def forward(self, x):
-        with torch.no_grad():
-            self.seen += x.sum()
-        return x * self.weight + (self.rare if x.sum().item() > 0 else 0)
 
 
 def sometimes():
