@@ -9,6 +9,7 @@ from torch import nn
 import gpipe
 from gpipe import lanes
 from gpipe.costs import StageCost
+from gpipe.microbatch import moved
 from gpipe.testing import accelerators
 
 pytestmark = pytest.mark.skipif(not accelerators.started(), reason="needs simulated accelerators")
@@ -123,3 +124,19 @@ def test_a_message_of_which_a_part_finds_no_room_lets_go_of_the_other_in_order()
         accelerators.set_link(0.0, 0.0)
         accelerators.set_capacity(1, 1 << 60)
     assert not accelerators.reports()
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_inputs_do_not_queue_behind_the_devices_work(pinned):
+    """On the current stream the host waited for all of the step before."""
+    device = torch.device("sim", 1)
+    x = torch.randn(6, 4)
+    given = x.pin_memory() if pinned else x.clone()
+    busy = accelerators.spend(torch.zeros(1, device=device), 0.5)
+    accelerators.clear()
+    found = moved({"x": given, "rows": 6}, device)["x"]
+    assert not torch.accelerator.current_stream(device).query()
+    assert accelerators.waits().get("event", 0) == 0
+    given.fill_(-1.0)  # the caller's own again
+    assert found.device == device
+    assert torch.equal((found + busy).cpu(), x)
