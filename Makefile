@@ -23,9 +23,10 @@ SIMULATED_TESTS := $(wildcard tests/test_simulated_*.py)
 # there are any, on simulated ones elsewhere.
 define test_devices
 	if $(1)/python $(HAS_ACCELERATOR); then \
-		$(1)/python -m pytest tests/test_gpu*.py && $(1)/python -m pytest $(SIMULATED) $(2); \
+		$(1)/python -m pytest -m 'not rare' tests/test_gpu*.py && \
+		$(1)/python -m pytest $(SIMULATED) -m 'not rare' $(2); \
 	else \
-		$(1)/python -m pytest $(SIMULATED) tests/test_gpu*.py $(2); \
+		$(1)/python -m pytest $(SIMULATED) -m 'not rare' tests/test_gpu*.py $(2); \
 	fi
 endef
 
@@ -41,6 +42,7 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest $(SPREAD) $(WITHOUT_DEVICES) -m rare
+	$(BIN)/python -m pytest $(SIMULATED) -m rare $(SIMULATED_TESTS)
 
 test-oldest: $(OLDEST_INSTALLED)
 	$(OLDEST)/bin/python -m pytest $(SPREAD) -m 'not rare' $(OF_RUNTIME)

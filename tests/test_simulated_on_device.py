@@ -63,6 +63,7 @@ def test_parts_run_on_simulated_devices_and_leave_json_and_tables(tmp_path, caps
     assert {line["part"] for line in lines} == {"machine", "traps", "cap"}
 
 
+@pytest.mark.rare
 def test_a_machine_without_accelerators_is_an_error(tmp_path):
     command = [sys.executable, "-m", "benchmarks.on_device", "--out", str(tmp_path), "--parts", "machine", "exact"]
     environment = none_simulated() | {"CUDA_VISIBLE_DEVICES": ""}
@@ -77,6 +78,7 @@ def none_simulated():
     return {name: value for name, value in os.environ.items() if name != accelerators.COUNT}
 
 
+@pytest.mark.rare
 def test_simulated_accelerators_that_cannot_be_built_are_said_in_a_line(tmp_path):
     environment = none_simulated() | {"CXX": "no-such-compiler", build.BUILD: str(tmp_path / "build")}
     command = [sys.executable, "-m", "benchmarks.on_device", "--simulated", "2", "--out", str(tmp_path / "out")]
@@ -176,6 +178,7 @@ def test_a_budget_that_is_too_short_for_a_part_is_an_error(tmp_path, capsys):
     assert json.loads((tmp_path / "summary.json").read_text())["unchecked"][:2] == ["traps", "exact"]
 
 
+@pytest.mark.rare
 def test_ctrl_c_ends_the_part_and_leaves_what_was_found(tmp_path):
     command = [sys.executable, "-m", "benchmarks.on_device", "--simulated", "2", "--out", str(tmp_path)]
     with subprocess.Popen(

@@ -15,6 +15,7 @@ from gpipe.testing.accelerators import build, left_reports, plugin
 pytestmark = pytest.mark.skipif(not accelerators.started(), reason="needs simulated accelerators: --accelerators")
 
 ROOT = Path(__file__).parent.parent
+XDIST = pytest.param(["-n", "2"], marks=pytest.mark.rare)
 
 CONFTEST = """
 import torch
@@ -105,7 +106,7 @@ def run_pytest(*arguments, **environment):
     return run("-m", "pytest", "-p", "gpipe.testing.accelerators", "-p", "no:cacheprovider", *arguments, **environment)
 
 
-@pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["one process", "xdist"])
+@pytest.mark.parametrize("workers", [[], XDIST], ids=["one process", "xdist"])
 def test_every_report_fails_the_test_that_made_it(tmp_path, workers):
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_races.py").write_text(TESTS)
@@ -130,6 +131,7 @@ def test_every_report_fails_the_test_that_made_it(tmp_path, workers):
     assert "aten::mul_ on stream 2 of sim:1" in out
 
 
+@pytest.mark.rare
 def test_it_may_be_named_by_a_conftest(tmp_path):
     (tmp_path / "conftest.py").write_text('pytest_plugins = ["gpipe.testing.accelerators"]')
     (tmp_path / "test_races.py").write_text(TESTS)
@@ -229,6 +231,7 @@ def run_processes(folder, *arguments):
     return run_pytest(*settings, *arguments, cwd=folder, PYTHONPATH=f"{ROOT}{os.pathsep}{folder}")
 
 
+@pytest.mark.rare
 def test_races_of_processes_fail_the_test_that_started_them(tmp_path):
     ended = run_processes(tmp_path, "-k", "not behind")
     out = ended.stdout
@@ -242,7 +245,7 @@ def test_races_of_processes_fail_the_test_that_started_them(tmp_path):
     assert len(reports) == 6, reports
 
 
-@pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["one process", "xdist"])
+@pytest.mark.parametrize("workers", [[], XDIST], ids=["one process", "xdist"])
 def test_races_of_processes_that_end_after_the_last_test_fail_the_run(tmp_path, workers):
     (tmp_path / "conftest.py").write_text(WAITING)
     ended = run_processes(tmp_path, "-k", "behind", *workers)
@@ -252,7 +255,7 @@ def test_races_of_processes_that_end_after_the_last_test_fail_the_run(tmp_path, 
     assert ended.returncode == pytest.ExitCode.TESTS_FAILED
 
 
-@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("waits", [True, pytest.param(False, marks=pytest.mark.rare)])
 def test_the_pages_ranks(tmp_path, waits):
     page = (ROOT / "docs" / "simulated_accelerators.md").read_text().split("## Ranks")[1].split("Start them")[0]
     program = "\n".join(line.removeprefix("    ") for line in page.splitlines() if line.startswith("    "))
